@@ -1,0 +1,1 @@
+"""What every part uses: config, mesh and sharding, devices, optimizers, checkpoints, metrics, run folders."""

@@ -1,0 +1,40 @@
+"""A mistake of the user's is told in one message with its remedy, never as a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the thing and says what to do about it."""
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a command line with `sys.argv[1:]` and exit: 0 done, 2 the user's mistake, 130 interrupted.
+
+    A full disk is the one operating-system error that no check can foresee, so it is named here.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except BrokenPipeError:
+        # The reader went away (`| head`): that is its right, and Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        sys.exit(_fail(f"the disk is full{where}: free some space and run the same command again"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return 2

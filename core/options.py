@@ -1,0 +1,79 @@
+"""The configuration sections that every kind of run shares. Reading them needs no JAX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from core.config import config
+
+
+@config
+class RunConfig:
+    """Name and place of the run folder."""
+
+    name: str
+    dir: str = "runs"
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not name or name.startswith(".") or "/" in name:
+            raise ValueError(f"run.name is {name!r}: it names one folder, without '/' and not hidden")
+        return name
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+@config
+class MeshConfig:
+    """Devices along each mesh axis; -1, for one axis, takes all devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+
+    @model_validator(mode="after")
+    def _check(self):
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context", "expert")}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} is {size}: at least 1, or -1 for all remaining devices")
+        if sum(size == -1 for size in sizes.values()) > 1:
+            raise ValueError("more than one mesh axis is -1: only one can take the remaining devices")
+        return self
+
+
+@config
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2017) or plain SGD, with warm-up and a decay of the learning rate.
+
+    `cosine` falls from the peak to `final_fraction` of it over the whole run; `wsd` (warm-up, stable,
+    decay; Hu et al. 2024, arXiv:2404.06395) holds the peak and falls linearly in the last `decay_fraction`.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    decay_fraction: float = Field(0.2, ge=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+
+
+@config
+class CheckpointConfig:
+    """How often a run saves itself, and how many checkpoints it keeps."""
+
+    every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)

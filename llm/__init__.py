@@ -1,0 +1,1 @@
+"""The language model: tokenizer, data, model, training, generation, evaluation."""

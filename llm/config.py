@@ -1,0 +1,98 @@
+"""One pretraining experiment: everything `python -m llm.train` reads. Reading it needs no JAX."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from core.config import config
+from core.options import CheckpointConfig, MeshConfig, OptimizerConfig, RunConfig
+from llm.model.config import ModelConfig
+
+
+@config
+class TokenizerConfig:
+    """Where the tokenizer comes from: the folder `path`, or trained on the training split."""
+
+    path: str | None = None
+    vocab_size: int | None = None  # None: the model's
+    pattern: Literal["gpt2", "llama3"] = "llama3"
+
+
+@config
+class DataConfig:
+    """What is read and in which pieces. A source is `embedded` or a glob of UTF-8 text or code files."""
+
+    sequence_length: int
+    batch_size: int  # sequences in a step, over all devices and microbatches
+    sources: tuple[str, ...] = ("embedded",)
+    heldout: tuple[str, ...] | None = None  # sources of their own; None: a share of `sources` by name
+    heldout_fraction: float = Field(0.05, gt=0, lt=1)
+    cache: str | None = None  # tokenizers and token shards; None: `.cache` beside the runs
+
+
+@config
+class TrainConfig:
+    """The training step and how many of them."""
+
+    steps: int = Field(ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
+    accumulation: int = Field(1, ge=1)  # microbatches a step
+    z_loss: float = Field(0.0, ge=0)
+    loss_chunk: int = 512  # tokens whose logits exist at one time, per sequence shard
+    remat: Literal["none", "full", "dots"] = "none"
+    scan_layers: bool = True
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
+
+
+@config
+class EvalConfig:
+    """Held-out loss and samples, each `every` steps and at the end."""
+
+    every: int = 0  # 0: at the end only
+    batches: int | None = None  # of the held-out stream at each scheduled evaluation; None: all of it
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 128
+
+
+@config
+class InitConfig:
+    """Start from the weights of another run's newest checkpoint."""
+
+    source: str | None = Field(None, alias="from")
+
+
+@config
+class Experiment:
+    """The whole configuration of a pretraining run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    seed: int = 0
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
+
+    @model_validator(mode="after")
+    def _check(self):
+        length, batch = self.data.sequence_length, self.data.batch_size
+        if length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length ({length}) is longer than model.max_length ({self.model.max_length})"
+            )
+        if batch % self.train.accumulation:
+            raise ValueError(
+                f"data.batch_size ({batch}) is not a multiple of train.accumulation ({self.train.accumulation})"
+            )
+        vocab = self.tokenizer.vocab_size
+        if vocab is not None and vocab > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size ({vocab}) is larger than model.vocab_size ({self.model.vocab_size})"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The decoder-only Transformer: its shapes, its mathematics, its loss."""

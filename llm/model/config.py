@@ -1,0 +1,75 @@
+"""The shape of a Transformer. Reading it needs no JAX."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from core.config import config
+
+
+@config
+class RopeScaling:
+    """How rotary frequencies are rescaled for a context longer than `original_length`.
+
+    `llama3` blends per wavelength (Llama 3.1); `yarn` blends per dimension and scales the attention
+    temperature (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    kind: Literal["llama3", "yarn"]
+    factor: float
+    original_length: int
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@config
+class ModelConfig:
+    """A decoder-only Transformer in the Llama, Mistral, Qwen or GPT-NeoX shape."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_length: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    bias: Literal["none", "qkv", "all"] = "none"
+    qk_norm: bool = False
+    parallel_residual: bool = False
+    tied_head: bool = False
+    window: int | None = None
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads ({self.num_heads}) is not a multiple of "
+                f"model.num_kv_heads ({self.num_kv_heads}): each key-value head serves as many query heads"
+            )
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            raise ValueError(
+                f"model.head_dim ({self.head_dim}) x model.rope_fraction ({self.rope_fraction}) "
+                f"is {self.rotary_dim}: rotary embeddings need an even number of dimensions"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"model.window is {self.window}: it must be at least 1, or null for none")
+        return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of `head_dim` dimensions are rotated."""
+        return int(self.head_dim * self.rope_fraction)
