@@ -1,0 +1,50 @@
+"""What is known of each kind of device: its dense peaks, and how XLA is told to use it.
+
+Peaks are the vendors' dense figures in FLOP/s (no sparsity), by the dtype of the operands. An unknown
+device has none: no utilization is better than a wrong one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "a100": {"bfloat16": 312e12, "float32": 156e12},  # float32: TF32 on the tensor cores
+    "h100": {"bfloat16": 989e12, "float32": 494e12},
+    "h200": {"bfloat16": 989e12, "float32": 494e12},
+    "b200": {"bfloat16": 2250e12, "float32": 1125e12},
+    "tpu v4": {"bfloat16": 275e12},
+    "tpu v5p": {"bfloat16": 459e12},
+    "tpu v5 lite": {"bfloat16": 197e12},
+    "tpu v6 lite": {"bfloat16": 918e12},
+}
+
+# Each flag was measured: see docs/log.md.
+CPU_FLAGS = (
+    "--xla_cpu_enable_concurrency_optimized_scheduler=true",  # independent products side by side
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of one device, or None where it is not known."""
+    kind = device_kind.lower()
+    for name, peaks in PEAK_FLOPS.items():
+        if name in kind:
+            return peaks.get(dtype)
+    return None
+
+
+def prepare() -> None:
+    """Set what XLA reads when JAX is first imported. Call it before `import jax`; it imports nothing.
+
+    Compiled programs are kept in `$XDG_CACHE_HOME/token-to-tensor` unless `JAX_COMPILATION_CACHE_DIR`
+    names another place; flags that `XLA_FLAGS` already holds win.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "token-to-tensor"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
+    if importlib.util.find_spec("jax_plugins") is None:
+        given = os.environ.get("XLA_FLAGS", "")
+        ours = [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in given]
+        os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()

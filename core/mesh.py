@@ -1,0 +1,104 @@
+"""Sharding reads like the mathematics: arrays have logical axes, one table maps them to mesh axes.
+
+A weight's `embed` may be sharded where an activation's `act_embed` is not, so the two have names of
+their own. Everything else is `jax.jit` with shardings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from core.errors import UserError
+from core.options import MeshConfig
+
+AXES = ("data", "fsdp", "tensor", "context", "expert")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+    # activations
+    "act_batch": ("data", "fsdp"),
+    "act_seq": "context",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_kv_heads": "tensor",
+    "act_head_dim": None,
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+}
+
+
+def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh, every axis of `AXES` present.
+
+    Raises:
+        UserError: if the axes' product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(options, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if rest and len(devices) % fixed == 0:
+        sizes[rest[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
+        raise UserError(
+            f"the mesh {asked or 'of one device'} does not match the {len(devices)} {devices[0].platform} "
+            "device(s) here: the product of its axes must be the number of devices (-1 takes the rest)"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions have the logical names `axes`.
+
+    Raises:
+        ValueError: if two dimensions fall on one mesh axis.
+    """
+    entries = [RULES[axis] if axis is not None else None for axis in axes]
+    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"the logical axes {tuple(axes)} collide on one mesh axis: {entries}")
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: Mesh, axes: Any) -> Any:
+    """Turn a pytree of tuples of logical names into a pytree of `NamedSharding`."""
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain an activation's sharding under `jax.set_mesh`; without a mesh, `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+    """Check that named sizes divide over the mesh, `sizes` being {key: (logical axis, size)}.
+
+    Raises:
+        UserError: naming the key, its size and the mesh axes.
+    """
+    for key, (axis, size) in sizes.items():
+        entry = RULES[axis] or ()
+        names = (entry,) if isinstance(entry, str) else entry
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+            raise UserError(f"{key} ({size}) does not divide over {where}: choose one that does")
