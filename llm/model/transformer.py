@@ -179,7 +179,9 @@ class Transformer(nnx.Module):
         else:
             seen = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, cache.length))
             view = View(cos, sin, segment_ids, seen, cache.length)
-        x = self.embedding[...].astype(self.compute.dtype)[tokens]
+        # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
+        table = shard(self.embedding[...].astype(self.compute.dtype), "act_vocab", "act_embed")
+        x = table[tokens]
         x = shard(x, "act_batch", "act_seq", "act_embed")
         x, k, v, aux = self._run_blocks(x, view, cache, capture)
         if cache is not None:

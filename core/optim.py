@@ -1,0 +1,65 @@
+"""The optimizer and its learning rate, from `OptimizerConfig`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from core.module import Params
+from core.options import OptimizerConfig
+
+
+class Optimizer(NamedTuple):
+    """`init` and `update` as optax has them, on gradients that are clipped already."""
+
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    clip_norm: float | None
+
+
+def make_optimizer(options: OptimizerConfig, steps: int, decay: Params) -> Optimizer:
+    """AdamW or SGD over `steps` steps; weight decay only where the pytree `decay` is True."""
+    schedule = learning_rate(options, steps)
+    if options.name == "sgd":
+        return Optimizer(optax.scale_by_learning_rate(schedule), schedule, options.clip_norm)
+    transform = optax.chain(
+        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        optax.add_decayed_weights(options.weight_decay, mask=decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return Optimizer(transform, schedule, options.clip_norm)
+
+
+def learning_rate(options: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> rate: a linear warm-up, then the schedule by name. Step 0 already moves."""
+    peak, warmup, last = options.learning_rate, options.warmup_steps, options.final_fraction
+    if options.schedule == "cosine":
+        body = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=last)
+    elif options.schedule == "wsd":
+        decay = max(1, round(options.decay_fraction * steps))
+        body = optax.linear_schedule(peak, last * peak, decay, transition_begin=max(0, steps - decay - warmup))
+    else:
+        body = optax.constant_schedule(peak)
+    if not warmup:
+        return body
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), body], [warmup])
+
+
+def clip(gradients: Params, norm: jax.Array, limit: float | None) -> Params:
+    """Scale all gradients so that their global `norm` is at most `limit`."""
+    if limit is None:
+        return gradients
+    scale = jax.numpy.minimum(1.0, limit / norm)
+    return jax.tree.map(lambda g: g * scale, gradients)
+
+
+def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: Mesh):
+    """Shardings of the optimizer's state: moments as their parameters' (`params`), the rest replicated."""
+    state = jax.eval_shape(optimizer.transform.init, shapes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree_utils.tree_map_params(
+        optimizer.transform, lambda _, own: own, state, params, transform_non_params=lambda _: everywhere
+    )
