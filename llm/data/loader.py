@@ -1,0 +1,187 @@
+"""Batches as a function of (seed, step), from token shards that are mapped into memory.
+
+The documents of a split, end to end, are one stream of tokens. Window w is its tokens w * S to
+w * S + S, so that every token but the first is a target in exactly one window; the last window is padded.
+Each epoch takes the windows in an order of its own (`permute`), and step s takes the next `batch_size` of
+them: no state, and the same order however many hosts share a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from llm.data.corpus import Split
+from llm.data.permute import permute
+from llm.data.shards import FORMAT, shard_folder
+
+if TYPE_CHECKING:
+    import jax
+
+    Array = NDArray | jax.Array
+
+_NPY_HEADER = 128  # bytes before the values of a one-dimensional array
+
+
+class Batch(NamedTuple):
+    """B windows of S tokens: NumPy from the loader, JAX arrays inside a step.
+
+    Documents in a window are numbered 1, 2, ...; 0 is padding. Positions restart with each document. A
+    weight is 0 where the target begins another document or is padding, else the document's own.
+    """
+
+    tokens: Int[Array, "B S"]
+    targets: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    weights: Float[Array, "B S"]
+
+
+class _Shard(NamedTuple):
+    tokens: NDArray  # [T]
+    starts: NDArray[np.int64]  # [D + 1]
+    weights: NDArray[np.float32]  # [D]
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """One split of the shards in a folder, seen as one stream. `open_dataset` makes it."""
+
+    split: Split
+    sequence_length: int
+    first_token: NDArray[np.int64]  # [shards + 1] where each shard starts in the stream; last: num_tokens
+    first_document: NDArray[np.int64]  # [shards + 1]
+    num_bytes: int  # of UTF-8 text
+    open_shard: Callable[[int], _Shard]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.first_token[-1])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self.first_document[-1])
+
+    @property
+    def num_windows(self) -> int:
+        return -(-(self.num_tokens - 1) // self.sequence_length)
+
+
+def open_dataset(folder: Path, split: Split, sequence_length: int) -> TokenDataset:
+    """Open what `build_shards` made.
+
+    Raises:
+        UserError: for shards that are incomplete, damaged, or of another format.
+    """
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise UserError(
+            f"{folder}/index.json is missing or damaged: remove it and run the same command again, "
+            "which keeps the shards that are finished"
+        ) from None
+    if index["format"] != FORMAT:
+        raise UserError(
+            f"{folder} has shards of format {index['format']}, not {FORMAT}: remove it and make them again"
+        )
+    counts = [shard[split] for shard in index["shards"]]
+    token_bytes = 2 if index["vocab_size"] <= 2**16 else 4
+    for number, count in enumerate(counts):
+        _check(shard_folder(folder, number), split, count, token_bytes)
+    first_token, first_document = (
+        np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
+    )
+    num_bytes = sum(count["bytes"] for count in counts)
+    # Mappings are kept, but not all: an operating system allows some 65,000.
+    open_shard = functools.lru_cache(maxsize=4096)(functools.partial(_open_shard, folder, split))
+    return TokenDataset(split, sequence_length, first_token, first_document, num_bytes, open_shard)
+
+
+def train_batch(
+    dataset: TokenDataset, step: int, batch_size: int, seed: int, rows: slice = slice(None)
+) -> Batch:
+    """The batch of `step`, of which this host needs `rows`."""
+    place = step * batch_size + np.arange(batch_size)[rows]
+    epoch, within = np.divmod(place, dataset.num_windows)
+    return _assemble(dataset, permute(within, dataset.num_windows, seed, epoch))
+
+
+def heldout_batches(dataset: TokenDataset, batch_size: int, rows: slice = slice(None)) -> Iterator[Batch]:
+    """All windows once, in order; rows that are left over in the last batch are padding."""
+    for first in range(0, dataset.num_windows, batch_size):
+        yield _assemble(dataset, first + np.arange(batch_size)[rows])
+
+
+def _assemble(dataset: TokenDataset, windows: NDArray[np.int64]) -> Batch:
+    """Windows [B] as a batch; one from `num_windows` on is padding."""
+    shape = (len(windows), dataset.sequence_length + 1)
+    tokens, documents = np.zeros(shape, np.int32), np.full(shape, -1, np.int64)
+    document_weights = np.zeros(shape, np.float32)
+    for row, window in enumerate(windows):
+        _fill(
+            dataset, int(window) * dataset.sequence_length, tokens[row], documents[row], document_weights[row]
+        )
+    inputs, targets = documents[:, :-1], documents[:, 1:]
+    place = np.arange(dataset.sequence_length)
+    begins = np.ones_like(inputs, dtype=bool)
+    begins[:, 1:] = inputs[:, 1:] != inputs[:, :-1]
+    real = inputs >= 0
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segment_ids=np.where(real, inputs - inputs[:, :1] + 1, 0).astype(np.int32),
+        positions=(place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)).astype(np.int32),
+        weights=np.where(real & (inputs == targets), document_weights[:, 1:], np.float32(0)),
+    )
+
+
+def _fill(dataset: TokenDataset, begin: int, tokens: NDArray, documents: NDArray, weights: NDArray) -> None:
+    """Write the stream from `begin` into rows [S + 1]; what lies past its end stays as it is."""
+    end = min(begin + len(tokens), dataset.num_tokens)
+    number = int(np.searchsorted(dataset.first_token, begin, "right")) - 1
+    done = 0
+    while begin + done < end:
+        shard = dataset.open_shard(number)
+        offset = int(dataset.first_token[number])
+        start, stop = begin + done - offset, min(end - offset, len(shard.tokens))
+        first = int(np.searchsorted(shard.starts, start, "right")) - 1
+        last = int(np.searchsorted(shard.starts, stop, "left"))
+        lengths = np.diff(shard.starts[first : last + 1].clip(start, stop))
+        here = slice(done, done + stop - start)
+        tokens[here] = shard.tokens[start:stop]
+        documents[here] = np.repeat(np.arange(first, last) + dataset.first_document[number], lengths)
+        weights[here] = np.repeat(shard.weights[first:last], lengths)
+        done, number = here.stop, number + 1
+
+
+def _open_shard(folder: Path, split: Split, number: int) -> _Shard:
+    path = shard_folder(folder, number) / split
+    columns = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _Shard._fields)
+    return _Shard(*(np.asarray(column) for column in columns))
+
+
+def _check(folder: Path, split: Split, count: dict[str, int], token_bytes: int) -> None:
+    """Compare sizes: whoever opens a dataset learns now, not in a week, that a file is cut short."""
+    documents = count["documents"]
+    columns = {
+        "tokens": count["tokens"] * token_bytes,
+        "starts": 8 * (documents + 1),
+        "weights": 4 * documents,
+    }
+    for name, size in columns.items():
+        path = folder / split / f"{name}.npy"
+        found = path.stat().st_size if path.exists() else 0
+        if found != _NPY_HEADER + size:
+            raise UserError(
+                f"{path} is damaged ({found} bytes instead of {_NPY_HEADER + size}): remove the folder "
+                f"{folder} and run the same command again, which makes that shard anew"
+            )
