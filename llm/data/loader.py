@@ -123,44 +123,49 @@ def heldout_batches(dataset: TokenDataset, batch_size: int, rows: slice = slice(
 
 def _assemble(dataset: TokenDataset, windows: NDArray[np.int64]) -> Batch:
     """Windows [B] as a batch; one from `num_windows` on is padding."""
+    pieces = [piece for window in windows.tolist() for piece in _pieces(dataset, window)]
+    tokens, lengths, documents, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     shape = (len(windows), dataset.sequence_length + 1)
-    tokens, documents = np.zeros(shape, np.int32), np.full(shape, -1, np.int64)
-    document_weights = np.zeros(shape, np.float32)
-    for row, window in enumerate(windows):
-        _fill(
-            dataset, int(window) * dataset.sequence_length, tokens[row], documents[row], document_weights[row]
-        )
+    tokens = tokens.astype(np.int32).reshape(shape)
+    documents = np.repeat(documents, lengths).reshape(shape)
+    weights = np.repeat(weights, lengths).reshape(shape)
+
     inputs, targets = documents[:, :-1], documents[:, 1:]
-    place = np.arange(dataset.sequence_length)
+    place = np.arange(dataset.sequence_length, dtype=np.int32)
     begins = np.ones_like(inputs, dtype=bool)
-    begins[:, 1:] = inputs[:, 1:] != inputs[:, :-1]
+    np.not_equal(inputs[:, 1:], inputs[:, :-1], out=begins[:, 1:])
     real = inputs >= 0
     return Batch(
         tokens=tokens[:, :-1],
         targets=tokens[:, 1:],
-        segment_ids=np.where(real, inputs - inputs[:, :1] + 1, 0).astype(np.int32),
-        positions=(place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)).astype(np.int32),
-        weights=np.where(real & (inputs == targets), document_weights[:, 1:], np.float32(0)),
+        segment_ids=((inputs - inputs[:, :1] + 1) * real).astype(np.int32),
+        positions=place - np.maximum.accumulate(place * begins, axis=1),
+        weights=weights[:, 1:] * (real & (inputs == targets)),
     )
 
 
-def _fill(dataset: TokenDataset, begin: int, tokens: NDArray, documents: NDArray, weights: NDArray) -> None:
-    """Write the stream from `begin` into rows [S + 1]; what lies past its end stays as it is."""
-    end = min(begin + len(tokens), dataset.num_tokens)
-    number = int(np.searchsorted(dataset.first_token, begin, "right")) - 1
-    done = 0
-    while begin + done < end:
-        shard = dataset.open_shard(number)
-        offset = int(dataset.first_token[number])
-        start, stop = begin + done - offset, min(end - offset, len(shard.tokens))
-        first = int(np.searchsorted(shard.starts, start, "right")) - 1
-        last = int(np.searchsorted(shard.starts, stop, "left"))
-        lengths = np.diff(shard.starts[first : last + 1].clip(start, stop))
-        here = slice(done, done + stop - start)
-        tokens[here] = shard.tokens[start:stop]
-        documents[here] = np.repeat(np.arange(first, last) + dataset.first_document[number], lengths)
-        weights[here] = np.repeat(shard.weights[first:last], lengths)
-        done, number = here.stop, number + 1
+def _pieces(dataset: TokenDataset, window: int) -> Iterator[tuple[NDArray, ...]]:
+    """The parts of a window [S + 1] in one shard each, and its padding.
+
+    Of each part: its tokens; how many belong to each document; these documents' numbers in the stream, -1
+    for padding; and their weights.
+    """
+    length = dataset.sequence_length + 1
+    begin = min(window * dataset.sequence_length, dataset.num_tokens)
+    end = min(begin + length, dataset.num_tokens) if window < dataset.num_windows else begin
+    padding = length - (end - begin)
+    number = int(dataset.first_token.searchsorted(begin, "right")) - 1
+    while begin < end:
+        shard, offset = dataset.open_shard(number), int(dataset.first_token[number])
+        start, stop = begin - offset, min(end - offset, len(shard.tokens))
+        first, last = int(shard.starts.searchsorted(start, "right")) - 1, int(shard.starts.searchsorted(stop))
+        edges = shard.starts[first : last + 1].copy()
+        edges[0], edges[-1] = start, stop
+        documents = np.arange(first, last) + dataset.first_document[number]
+        yield shard.tokens[start:stop], edges[1:] - edges[:-1], documents, shard.weights[first:last]
+        begin, number = offset + stop, number + 1
+    if padding:
+        yield np.zeros(padding, np.uint16), np.array([padding]), np.array([-1]), np.zeros(1, np.float32)
 
 
 def _open_shard(folder: Path, split: Split, number: int) -> _Shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def test_a_file_is_cut_once_it_is_over_the_limit(tmp_path, size):
 
 
 @settings(max_examples=25, deadline=None)
-@given(pieces=st.lists(st.sampled_from(["é" * 9000, "🦊" * 11_000, "\n", "a\n", "x" * 30_000, "日本\r\n"]), min_size=40))
+@given(
+    pieces=st.lists(
+        st.sampled_from(["é" * 9000, "🦊" * 11_000, "\n", "a\n", "x" * 30_000, "日本\r\n"]), min_size=40
+    )
+)
 def test_parts_add_up_and_break_no_character(tmp_path_factory, pieces):
     text = "".join(pieces)
     folder = write(tmp_path_factory.mktemp("cut"), {"a.txt": text, "b.txt": SENTENCE})
@@ -85,7 +90,7 @@ def test_appending_to_a_file_changes_its_last_part_only(tmp_path):
 def test_ranges_partition_the_documents(many_files, cuts):
     corpus = open_corpus([f"{many_files}/*.txt"])
     bounds = [0, *sorted(min(cut, corpus.num_bytes) for cut in cuts), corpus.num_bytes]
-    pieces = [list(corpus.documents(None, a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [list(corpus.documents(None, a, b)) for a, b in itertools.pairwise(bounds)]
     assert [d for piece in pieces for d in piece] == list(corpus.documents())
 
 

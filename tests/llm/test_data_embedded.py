@@ -23,7 +23,15 @@ def test_it_is_the_library_and_its_reference(embedded):
     assert "anonymous functions" in texts["topics/lambda"]
     assert 6e6 < sum(len(text.encode()) for text in texts.values()) == embedded.num_bytes < 15e6
     parts = {part for name in texts for part in name.split("/")}
-    assert not parts & {"test", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages", "sitecustomize.py"}
+    assert not parts & {
+        "test",
+        "encodings",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "sitecustomize.py",
+    }
     assert not any(name.startswith("stdlib/_sysconfigdata") for name in texts)
 
 
@@ -57,7 +65,12 @@ def test_a_declared_encoding_is_followed(tmp_path, monkeypatch):
 def test_what_distributions_add_is_left_out(tmp_path, monkeypatch):
     for name in ("textwrap.py", "sitecustomize.py", "_sysconfigdata__linux_x86_64-linux-gnu.py"):
         (tmp_path / name).write_text("# some source code\n" * 3)
-    for folder in ("dist-packages/numpy", "site-packages/jax", "config-3.11-x86_64-linux-gnu", "unittest/test"):
+    for folder in (
+        "dist-packages/numpy",
+        "site-packages/jax",
+        "config-3.11-x86_64-linux-gnu",
+        "unittest/test",
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "code.py").write_text("# some source code\n" * 3)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
