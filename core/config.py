@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -29,7 +30,8 @@ T = TypeVar("T")
 @typing.dataclass_transform(frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Declare a section of a configuration: a frozen dataclass that refuses unknown keys."""
-    return pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    make = pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+    return typing.cast(type[T], make(cls))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +65,10 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 def parse(schema: type[T], data: dict, origins: dict[str, str] | None = None, where: str = "config") -> T:
     """Turn nested mappings into a `schema` dataclass, or raise a `UserError` that names the key."""
     origins = origins or {}
-    _refuse_unknown(schema, data, (), origins, where)
+    _refuse_unknown(schema, data, (), origins, where, list(_keys(schema, ())))
     try:
-        return pydantic.TypeAdapter(schema).validate_python(data)
+        # Strict, so that `true` is no number and "8" neither; from JSON, where a list may become a tuple.
+        return pydantic.TypeAdapter(schema).validate_json(json.dumps(data, default=str), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -75,7 +78,9 @@ def parse(schema: type[T], data: dict, origins: dict[str, str] | None = None, wh
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("value_error", "assertion_error"):
             raise UserError(f"{place}: {f'{key}: ' if key else ''}{message}") from None
-        raise UserError(f"{place}: '{key}' is {first['input']!r}: {message.lower()}") from None
+        raise UserError(
+            f"{place}: '{key}' is {first['input']!r}: {message[:1].lower()}{message[1:]}"
+        ) from None
 
 
 def to_dict(value: Any) -> dict:
@@ -89,15 +94,30 @@ def to_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text; like YAML 1.2, this one reads it as a number."""
+    """YAML as one expects it: `3e-4` is a number, `1e6` a whole one, a date is text, no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float | int:
+        number = self.construct_yaml_float(node)
+        return int(number) if "e" in node.value.lower() and number.is_integer() else number
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -115,15 +135,25 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> tuple[dict, dict[str, str]
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"the config file {path} does not exist{_nearest_file(path)}") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise UserError(f"the config file {path} can't be read: {error}") from None
+        by = f" ('extends' of {seen[-1]})" if seen else ""
+        raise UserError(f"the config file {path}{by} does not exist{_nearest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the config file {path} is not UTF-8 text (byte {error.start}): save it as such"
+        ) from None
+    except OSError as error:
+        raise UserError(f"the config file {path} can't be read: {error.strerror}") from None
     data = _parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(data).__name__}")
-    base, origins = {}, {}
+        found = "an empty file" if data is None else type(data).__name__
+        raise UserError(f"{path}: expected 'key: value' lines, found {found}")
+    base: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     if "extends" in data:
-        base, origins = _read_file(path.parent / str(data.pop("extends")), (*seen, path.resolve()))
+        parent = data.pop("extends")
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: 'extends' is {parent!r}: it names one file, relative to this one")
+        base, origins = _read_file(path.parent / parent, (*seen, path.resolve()))
     _merge(base, data, (), origins, str(path))
     return base, origins
 
@@ -149,18 +179,34 @@ def _set(data: dict, origins: dict[str, str], keys: list[str], value: Any) -> No
 
 
 def _refuse_unknown(
-    schema: type, data: dict, prefix: tuple[str, ...], origins: dict[str, str], where: str
+    schema: type, data: dict, prefix: tuple[str, ...], origins: dict[str, str], where: str, valid: list[str]
 ) -> None:
     sections = dict(_sections(schema))
-    names = [field_alias(field) for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    names = [field_alias(field) for field in dataclasses.fields(schema)]
     for key, value in data.items():
         full = ".".join((*prefix, str(key)))
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            hint = f"did you mean '{'.'.join((*prefix, near[0]))}'?" if near else f"valid: {', '.join(names)}"
+            hint = _nearest_keys(str(key), prefix, names, valid)
             raise UserError(f"{_place(full, origins, where)}: unknown key '{full}'; {hint}")
         if key in sections and isinstance(value, dict):
-            _refuse_unknown(sections[key], value, (*prefix, str(key)), origins, where)
+            _refuse_unknown(sections[key], value, (*prefix, str(key)), origins, where, valid)
+
+
+def _nearest_keys(key: str, prefix: tuple[str, ...], names: list[str], valid: list[str]) -> str:
+    """The same name in another section, else a similar one in this section, else all that stand here."""
+    near = [full for full in valid if full.rpartition(".")[2] == key]
+    near = near or [".".join((*prefix, n)) for n in difflib.get_close_matches(key, names, n=1, cutoff=0.5)]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"valid here: {', '.join(names)}"
+
+
+def _keys(schema: type, prefix: tuple[str, ...]) -> Iterator[str]:
+    """The dotted names of all keys of `schema` and its sections."""
+    sections = dict(_sections(schema))
+    for field in dataclasses.fields(schema):
+        name = (*prefix, field_alias(field))
+        yield ".".join(name)
+        if name[-1] in sections:
+            yield from _keys(sections[name[-1]], name)
 
 
 def field_alias(field: dataclasses.Field) -> str:
@@ -170,7 +216,7 @@ def field_alias(field: dataclasses.Field) -> str:
 
 def _sections(schema: type) -> Iterator[tuple[str, type]]:
     hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+    for field in dataclasses.fields(schema):
         hint = hints[field.name]
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         for option in options:

@@ -1,0 +1,139 @@
+"""Figures of a run by step, in `metrics.jsonl` and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.run import RunFolder, plain
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`, one flat JSON object a step, and shows the same to TensorBoard.
+
+    What is written is in the file when `write` returns, and survives a SIGKILL. Figures written to the same
+    step later join its line, so no step stands twice. To write a step before its checkpoint is what makes the
+    file of a resumed run whole. With several processes, only the first has a writer.
+    """
+
+    def __init__(self, run: RunFolder, start_step: int = 0):
+        """Open the files of `run`; lines past `start_step`, where the run goes on from, are removed."""
+        _remove_after(run.metrics, start_step)
+        last = None
+        for offset, _, record in _lines(run.metrics):
+            last = offset, record
+        self._file = open(run.metrics, "r+b" if run.metrics.exists() else "x+b")  # noqa: SIM115
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._start, self._record = last or (0, {"step": -1})
+        self._events = _Events(run.tensorboard, start_step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write `values`, name to number, for `step`, which may not be before the last one written.
+
+        A value that isn't finite stands as null in the file, since JSON has neither NaN nor infinities, and
+        as what it is in TensorBoard.
+        """
+        if step < self._record["step"]:
+            raise ValueError(f"step {step} after step {self._record['step']}")
+        same = step == self._record["step"]
+        if not same:
+            self._start, self._record = self._end, {"step": step}
+        self._record |= {name: plain(value) for name, value in values.items()}
+        line = json.dumps(self._record, allow_nan=False).encode() + b"\n"
+        self._file.seek(self._start)
+        self._file.write(line)
+        if same:
+            self._file.truncate()
+        self._file.flush()
+        self._end = self._file.tell()
+        self._events.write(step, values)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, also of a run that is going on; null becomes NaN."""
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for _, _, record in _lines(path)
+    ]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """Offset, bytes and content of each line, less a torn last one; a damaged one is named and left out."""
+    if not path.exists():
+        return
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                damaged = not isinstance(record["step"], int)
+            except (ValueError, TypeError, KeyError):
+                damaged = True
+            if not damaged and line.endswith(b"\n"):
+                yield offset, line, record
+            elif line.endswith(b"\n"):
+                _log.warning("%s, line %d is damaged and left out", path, number)
+            offset += len(line)
+
+
+def _remove_after(path: Path, step: int) -> None:
+    """Keep the whole lines up to `step`, in one step that a kill can't split."""
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.writelines(line for _, line, record in _lines(path) if record["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class _Events:
+    """TensorBoard's event files: one a start, named so that they are read in the order of writing.
+
+    Written through the record writer of the `tensorboard` package rather than its `EventFileWriter`, whose
+    thread would print a traceback on a full disk instead of raising here.
+    """
+
+    def __init__(self, folder: Path, start_step: int):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        earlier = [int(path.name.rpartition(".")[2]) for path in folder.glob("events.out.tfevents.*")]
+        name = f"events.out.tfevents.{max(earlier, default=0) + 1:06d}"
+        self._writer = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115
+        self._add(file_version="brain.Event:2")
+        # Makes TensorBoard forget what an earlier start wrote past the step that this one goes on from.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=start_step + 1, session_log=session)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        scalars = [self._summary.Value(tag=name, simple_value=float(v)) for name, v in values.items()]
+        self._add(step=step, summary=self._summary(value=scalars))
+
+    def _add(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
