@@ -1,0 +1,69 @@
+"""Train a tokenizer: count the words of a corpus, then learn merges from the counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from core.errors import UserError
+from llm.tokenizer.bpe import BPE, BYTE_ORDER, SPECIAL_TOKENS, check_special_tokens
+from llm.tokenizer.merges import learn_merges
+from llm.tokenizer.patterns import splitter
+from llm.tokenizer.words import count_words
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    pattern: str = "llama3",
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    progress: bool = True,
+    size: int | None = None,
+) -> BPE:
+    """Learn a tokenizer from `texts`, which are read once and never held together.
+
+    The result depends on the texts alone, neither on their order nor on the number of cores. A script that calls this
+    needs the usual `if __name__ == "__main__":`, since words are counted in spawned processes.
+
+    Args:
+        vocab_size: number of ids: 256 bytes, merges and special tokens together.
+        progress: show progress on standard error.
+        size: characters in all texts, if known, so that progress can tell the time left.
+
+    Raises:
+        UserError: for a vocabulary that is smaller than bytes and special tokens, or larger than the corpus
+            supports; for an empty corpus, an unknown pattern, or a special token that can't be one.
+    """
+    splitter(pattern)
+    check_special_tokens(special_tokens)
+    smallest = len(BYTE_ORDER) + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: {len(BYTE_ORDER)} bytes and {len(special_tokens)} "
+            f"special tokens already make {smallest}"
+        )
+    with _bar(progress, "counting words ", size, "bytes") as advance:
+        counts = count_words(texts, pattern, advance=advance)
+    if not counts:
+        raise UserError("the corpus is empty: there is no text to learn a tokenizer from")
+    with _bar(progress, "learning merges", vocab_size - smallest, "number") as advance:
+        merges = learn_merges(counts, vocab_size - smallest, advance)
+    supported = smallest + len(merges)
+    if supported < vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is larger than this corpus supports: its {len(counts)} distinct words "
+            f"make {supported} tokens at most; ask for no more than that, or give more text"
+        )
+    return BPE(tuple(merges), tuple(special_tokens), pattern)
+
+
+@contextlib.contextmanager
+def _bar(show: bool, what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = ("{task.description}", BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
