@@ -72,10 +72,11 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
+        trees = {"params": params, "opt": opt_state}
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(params),
-            opt=ocp.args.PyTreeSave(opt_state),
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
+            # Orbax refuses an item without arrays, such as the state of plain SGD.
+            **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)},
         )
         with self._naming_disk_errors(step):
             if jax.process_index() == 0:
@@ -231,6 +232,8 @@ class Checkpointer:
 
     def _restore(self, step: int, item: str, target: Any) -> Any:
         folder = self.folder / str(step) / item
+        if not jax.tree.leaves(target) and not folder.exists():
+            return target
         _require_same_tree(_arrays().metadata(folder).tree, target, folder)
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(

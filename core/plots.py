@@ -30,7 +30,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     _draw(axes, tokens, smooth, "training (smoothed)", color=_TRAINING, linewidth=2)
     heldout_tokens, heldout = _columns(metrics, "heldout_loss")
     _draw(axes, heldout_tokens, heldout, "held-out", color=_HELDOUT, linewidth=1.6, marker="o", markersize=5)
-    shown = np.concatenate([smooth[len(smooth) // 50 :], heldout])
+    shown = np.concatenate([smooth[len(smooth) // 20 :], heldout])
     if shown.size and shown.min() < shown.max():
         room = 0.08 * (shown.max() - shown.min())
         axes.set_ylim(shown.min() - room, shown.max() + room)  # the first steps' fall would flatten the rest
@@ -47,12 +47,13 @@ def _columns(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndar
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centered mean over a fiftieth of the run, narrower toward its ends: it lags nowhere."""
-    half = len(values) // 100
+    """Mean over a fiftieth of the run around each point, narrower at the start, one-sided at the end."""
+    half, last = len(values) // 100, len(values) - 1
     sums = np.concatenate([[0.0], np.cumsum(values)])
     i = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(i, len(values) - 1 - i))
-    return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
+    before = np.minimum(half, i)
+    after = np.minimum(before, last - i)
+    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
 
 
 def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, **style) -> None:
