@@ -79,7 +79,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = product(self.equation, x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        # Added in float32, so that the bias's gradient is a float32 sum over tokens.
+        return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(y.dtype)
 
 
 class Norm(nnx.Module):

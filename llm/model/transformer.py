@@ -180,8 +180,9 @@ class Transformer(nnx.Module):
             seen = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, cache.length))
             view = View(cos, sin, segment_ids, seen, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
-        table = shard(self.embedding[...].astype(self.compute.dtype), "act_vocab", "act_embed")
-        x = table[tokens]
+        # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
+        table = shard(self.embedding[...], "act_vocab", "act_embed")
+        x = table[tokens].astype(self.compute.dtype)
         x = shard(x, "act_batch", "act_seq", "act_embed")
         x, k, v, aux = self._run_blocks(x, view, cache, capture)
         if cache is not None:
