@@ -90,17 +90,18 @@ def to_dict(value: Any) -> dict:
 
 def to_yaml(value: Any) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal value."""
-    return yaml.safe_dump(to_dict(value), sort_keys=False)
+    return yaml.dump(to_dict(value), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as one expects it: `3e-4` is a number, `1e6` a whole one, a date is text, no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen = set()
         for key, _ in node.value:
-            if names.count(key.value) > 1:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> float | int:
@@ -118,6 +119,13 @@ _Loader.add_implicit_resolver(
     list("-+0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -67,7 +67,7 @@ class MetricsWriter:
         self._events.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """The lines of a `metrics.jsonl`, also of a run that is going on; null becomes NaN."""
     return [
         {name: math.nan if value is None else value for name, value in record.items()}

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 _TRAINING, _HELDOUT, _INK, _GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
 
 
-def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
     """Plot training and held-out loss (nats a token) against the tokens trained on, as a PNG at `path`.
 
     Args:
@@ -39,7 +39,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _columns(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _columns(metrics: Sequence[Mapping[str, float | int]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values (points,) of the lines that have a finite `name`."""
     rows = [(row["tokens"], row[name]) for row in metrics if name in row and np.isfinite(row[name])]
     tokens, values = np.array(rows, float).reshape(-1, 2).T

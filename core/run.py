@@ -131,8 +131,8 @@ class RunFolder:
             raise UserError(f"{folder} holds no run (no config.yaml); {hint}")
         return run
 
-    def write_summary(self, figures: Mapping[str, float | str]) -> None:
-        """Write `summary.json` in one step. What isn't finite stands as null, as in `metrics.jsonl`."""
+    def write_summary(self, figures: Mapping[str, Any]) -> None:
+        """Write `summary.json` in one step: name to number or text, null for what isn't finite."""
         write_atomically(self.summary, json.dumps({k: plain(v) for k, v in figures.items()}, indent=1) + "\n")
 
 
@@ -191,13 +191,15 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 
 def _require_same_config(path: Path, config_yaml: str) -> None:
     try:
-        saved = dict(_flatten(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
         raise UserError(
             f"{path} is damaged: put back the configuration that the run was started with, or start "
             "another run (--set run.name=...)"
-        ) from None
-    new = dict(_flatten(yaml.safe_load(config_yaml)))
+        )
+    saved, new = dict(_flatten(tree)), dict(_flatten(yaml.safe_load(config_yaml)))
     differing = [
         key
         for key in [*new, *saved]
