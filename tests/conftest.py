@@ -1,16 +1,31 @@
-"""Every test runs on eight virtual CPU devices, with the shapes in signatures checked at run time."""
+"""Tests run on eight virtual CPU devices, with the shapes in signatures checked at run time."""
 
 from __future__ import annotations
 
 import os
 
-# Tests state what the code does on its own: no flags and no compiled programs of the user's.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import pytest
+
+# LLVM's optimizations change no value that a test may rely on, and are most of the time that compiling
+# takes. XLA reads its flags when the devices are first asked for; commands that tests start get none.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import jaxtyping
 
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.devices()
+del os.environ["XLA_FLAGS"]
+
 jaxtyping.install_import_hook(["core", "llm"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Hundreds of compiled programs would hold gigabytes until the end of the suite."""
+    yield
+    jax.clear_caches()
