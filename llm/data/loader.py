@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     weights: Float[Array, "B S"]
 
 
-class _Shard(NamedTuple):
+class Shard(NamedTuple):
     tokens: NDArray  # [T]
     starts: NDArray[np.int64]  # [D + 1]
     weights: NDArray[np.float32]  # [D]
@@ -61,7 +61,7 @@ class TokenDataset:
     first_token: NDArray[np.int64]  # [shards + 1] where each shard starts in the stream; last: num_tokens
     first_document: NDArray[np.int64]  # [shards + 1]
     num_bytes: int  # of UTF-8 text
-    open_shard: Callable[[int], _Shard]
+    open_shard: Callable[[int], Shard]
 
     @property
     def num_tokens(self) -> int:
@@ -168,10 +168,10 @@ def _pieces(dataset: TokenDataset, window: int) -> Iterator[tuple[NDArray, ...]]
         yield np.zeros(padding, np.uint16), np.array([padding]), np.array([-1]), np.zeros(1, np.float32)
 
 
-def _open_shard(folder: Path, split: Split, number: int) -> _Shard:
+def _open_shard(folder: Path, split: Split, number: int) -> Shard:
     path = shard_folder(folder, number) / split
-    columns = (np.load(path / f"{name}.npy", mmap_mode="r") for name in _Shard._fields)
-    return _Shard(*(np.asarray(column) for column in columns))
+    columns = (np.load(path / f"{name}.npy", mmap_mode="r") for name in Shard._fields)
+    return Shard(*(np.asarray(column) for column in columns))
 
 
 def _check(folder: Path, split: Split, count: dict[str, int], token_bytes: int) -> None:

@@ -27,18 +27,16 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from core.errors import UserError
 from core.files import sync_folder, write_atomically
 from llm.data.corpus import SPLITS, Corpus, Document
-
-if TYPE_CHECKING:
-    from llm.tokenizer import Tokenizer
+from llm.tokenizer import Tokenizer
 
 FORMAT = 1
 SHARD_BYTES = 64 << 20
@@ -53,7 +51,8 @@ def build_shards(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_bytes
     KEY is a fingerprint of corpus, split and tokenizer: when one of them changes, so does the folder.
 
     Raises:
-        UserError: for a file that is gone, unreadable, changed since it was listed, or not UTF-8.
+        UserError: for a file that is gone, unreadable, changed since it was listed, or not UTF-8; for a
+            tokenizer without an end of text.
     """
     folder = folder / shards_key(corpus, tokenizer, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +66,26 @@ def build_shards(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_bytes
     return folder
 
 
+def boundaries(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids before and after each document: BOS and EOS; EOS twice where the tokenizer has no BOS.
+
+    Something must come first, for the first token of a document to be predicted like the others.
+
+    Raises:
+        UserError: for a tokenizer that has no EOS.
+    """
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if eos is None:
+        raise UserError(
+            f"the tokenizer in {tokenizer.folder} names no token that ends a text: "
+            "set 'eos_token' in its tokenizer_config.json"
+        )
+    return (eos if bos is None else bos), eos
+
+
 def shards_key(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> str:
     """16 hex digits for these documents, split this way, as the ids of this tokenizer."""
-    parts = (FORMAT, shard_bytes, corpus.fingerprint, tokenizer.fingerprint)
+    parts = (FORMAT, shard_bytes, corpus.fingerprint, tokenizer.fingerprint, *boundaries(tokenizer))
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -126,13 +142,14 @@ class _Table:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.bos, self.eos = ([id_] for id_ in (tokenizer.bos_id, tokenizer.eos_id))
+        self.first, self.last = boundaries(tokenizer)
         self.tokens: list[NDArray] = []
         self.rows: list[tuple[int, int, int]] = []
         self.names: list[str] = []
 
     def add(self, document: Document, ids: Sequence[int], size: int) -> None:
-        self.tokens.append(np.fromiter(itertools.chain(self.bos, ids, self.eos), self.dtype, len(ids) + 2))
+        all_ids = itertools.chain((self.first,), ids, (self.last,))
+        self.tokens.append(np.fromiter(all_ids, self.dtype, len(ids) + 2))
         self.rows.append((len(ids) + 2, size, document.source))
         self.names.append(json.dumps(document.name) + "\n")
 
@@ -180,8 +197,7 @@ def _write_index(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shards: int
         "tokenizer": tokenizer.fingerprint,
         "sources": corpus.sources,
         "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
+        "boundaries": boundaries(tokenizer),
         "shards": [
             {split: _counts(shard_folder(folder, number) / split) for split in SPLITS}
             for number in range(shards)

@@ -19,7 +19,7 @@ from llm.data.loader import open_dataset
 from llm.data.shards import build_shard, build_shards, num_shards, shards_key
 from llm.tokenizer import Tokenizer, save, train_bpe
 
-SHARD_BYTES = 10_000
+SHARD_BYTES = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("tokenizer")
-    save(train_bpe((d.text for d in open_corpus([text]).documents("train")), 400, "llama3"), folder)
+    save(train_bpe((d.text for d in open_corpus([text]).documents("train")), 300, progress=False), folder)
     return Tokenizer.load(folder)
 
 
@@ -70,8 +70,8 @@ def test_documents_come_back(text, tokenizer, built):
             for i, name in enumerate(names):
                 document = next(expected)
                 ids = table["tokens"][table["starts"][i] : table["starts"][i + 1]]
-                assert (ids[0], ids[-1]) == (index["bos_id"], index["eos_id"])
-                assert index["bos_id"] not in ids[1:]
+                assert [ids[0], ids[-1]] == index["boundaries"] == [tokenizer.bos_id, tokenizer.eos_id]
+                assert not set(index["boundaries"]) & set(ids[1:-1].tolist())
                 assert tokenizer.decode(ids[1:-1].tolist()) == document.text
                 assert (name, table["bytes"][i]) == (document.name, len(document.text.encode()))
                 assert index["sources"][table["sources"][i]] == text
@@ -80,10 +80,21 @@ def test_documents_come_back(text, tokenizer, built):
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
     wide = Tokenizer.load(tokenizer.folder)
-    object.__setattr__(wide, "vocab_size", 2**16 + 1)
+    wide.vocab_size = 2**16 + 1
     folder = build_shards(open_corpus([text]), wide, tmp_path, SHARD_BYTES)
     assert np.load(folder / "00000/train/tokens.npy").dtype == np.uint32
     assert open_dataset(folder, "train", 8).num_tokens > 0
+
+
+def test_a_tokenizer_of_others_may_lack_a_beginning_but_not_an_end(tmp_path, text, tokenizer):
+    bare = Tokenizer.load(tokenizer.folder)
+    bare.bos_id = None
+    folder = build_shards(open_corpus([text]), bare, tmp_path)
+    tokens, starts = (np.load(folder / f"00000/train/{name}.npy") for name in ("tokens", "starts"))
+    assert np.all(tokens[starts[:-1]] == bare.eos_id) and np.all(tokens[starts[1:] - 1] == bare.eos_id)
+    bare.eos_id = None
+    with pytest.raises(UserError, match=r"names no token that ends a text: set 'eos_token'"):
+        build_shards(open_corpus([text]), bare, tmp_path)
 
 
 def test_shards_are_the_same_in_any_order_and_with_any_number_of_threads(tmp_path, text, tokenizer, built):
@@ -133,7 +144,7 @@ def builder(
 
 
 # A shard is twelve files: killed before the first, within the first shard, around its end, much later.
-@pytest.mark.parametrize("writes", [0, 5, 11, 12, 13, 150])
+@pytest.mark.parametrize("writes", [0, 5, 11, 12, 13, 100])
 def test_a_killed_build_goes_on_where_it_was(tmp_path, text, tokenizer, built, writes):
     assert builder(text, tokenizer, tmp_path, writes).wait() == -signal.SIGKILL
     folder = tmp_path / built.name
@@ -186,7 +197,7 @@ def test_another_corpus_split_or_tokenizer_is_another_key(tmp_path, text, tokeni
     keys.add(shards_key(open_corpus([source], heldout_fraction=0.9), tokenizer))
     (tmp_path / "b.txt").write_text("This was the document b.\n")
     keys.add(shards_key(open_corpus([source]), tokenizer))
-    save(train_bpe(["other words, other merges"], 300, "llama3"), tmp_path / "other")
+    save(train_bpe(["other words, other merges"], 270, progress=False), tmp_path / "other")
     keys.add(shards_key(open_corpus([source]), Tokenizer.load(tmp_path / "other")))
     assert len(keys) == 5
 
