@@ -24,8 +24,8 @@ class TokenizerConfig:
 class DataConfig:
     """What is read and in which pieces. A source is `embedded` or a glob of UTF-8 text or code files."""
 
-    sequence_length: int
-    batch_size: int  # sequences in a step, over all devices and microbatches
+    sequence_length: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # sequences in a step, over all devices and microbatches
     sources: tuple[str, ...] = ("embedded",)
     heldout: tuple[str, ...] | None = None  # sources of their own; None: a share of `sources` by name
     heldout_fraction: float = Field(0.05, gt=0, lt=1)
@@ -40,7 +40,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     accumulation: int = Field(1, ge=1)  # microbatches a step
     z_loss: float = Field(0.0, ge=0)
-    loss_chunk: int = 512  # tokens whose logits exist at one time, per sequence shard
+    loss_chunk: int = Field(512, ge=1)  # tokens whose logits exist at one time, per sequence shard
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "reference", "blockwise"] = "auto"

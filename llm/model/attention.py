@@ -34,7 +34,7 @@ def attention(
     """Causal softmax attention with grouped keys and values: softmax(q k^T / sqrt(K)) v.
 
     Query i stands at index `q_offset + i` of the T keys and sees key j if j is not later, of the same
-    segment, and fewer than `window` indices back. G divides H.
+    segment, and fewer than `window` indices back. G divides H. A query that sees no key gives NaN.
 
     Raises:
         ValueError: if `backend` can't honour the mask asked for.
@@ -44,7 +44,7 @@ def attention(
             raise ValueError(
                 "blockwise attention needs queries and keys at the same indices: use 'reference'"
             )
-        return blockwise_attention(q, k, v, q_segments, window)
+        return blockwise_attention(q, k, v, q_segments, kv_segments, window)
     return weighted_values(attention_weights(q, k, q_segments, kv_segments, window, q_offset), v)
 
 

@@ -22,16 +22,17 @@ def block_size(length: int) -> int:
     return min(length, max(128, -(-length // MAX_BLOCKS)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blockwise_attention(
     q: Float[Array, "B S H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
-    segments: Int[Array, "B S"],
+    q_segments: Int[Array, "B S"],
+    kv_segments: Int[Array, "B S"],
     window: int | None,
 ) -> Float[Array, "B S H K"]:
     """Causal attention within segments and, if given, fewer than `window` indices back. G divides H."""
-    return _forward(q, k, v, segments, window)[0]
+    return _forward(q, k, v, q_segments, kv_segments, window)[0]
 
 
 def _spans(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -44,14 +45,17 @@ def _spans(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(q, k, segments, rows: slice, cols: slice, window: int | None):
-    """Masked scores in float32 [B, G, R, rows, cols]; q already scaled, [B, G, R, S, K]; k [B, G, S, K]."""
+    """Masked scores in float32 [B, G, R, rows, cols]; q already scaled, [B, G, R, S, K]; k [B, G, S, K].
+
+    `segments` are those of the queries and those of the keys.
+    """
     scores = jnp.einsum(
         "bgrik,bgjk->bgrij", q[:, :, :, rows], k[:, :, cols], preferred_element_type=jnp.float32
     )
     i = jnp.arange(rows.start, rows.stop)[:, None]
     j = jnp.arange(cols.start, cols.stop)[None, :]
     visible = (j <= i) if window is None else (j <= i) & (i - j < window)
-    mask = visible & (segments[:, rows, None] == segments[:, None, cols])
+    mask = visible & (segments[0][:, rows, None] == segments[1][:, None, cols])
     return jnp.where(mask[:, None, None], scores, -jnp.inf)
 
 
@@ -67,8 +71,8 @@ def _join_heads(x):
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * ratio, head_dim)
 
 
-def _forward(q, k, v, segments, window):
-    groups = k.shape[2]
+def _forward(q, k, v, q_segments, kv_segments, window):
+    groups, segments = k.shape[2], (q_segments, kv_segments)
     scaled = _split_heads(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), groups)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     outs, sums = [], []
@@ -112,6 +116,7 @@ def _backward(window, residuals, g):
         _join_heads(jnp.concatenate(dq, axis=3)).astype(q.dtype),
         dk.transpose(0, 2, 1, 3).astype(k.dtype),
         dv.transpose(0, 2, 1, 3).astype(v.dtype),
+        None,
         None,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from core.config import config
 
@@ -18,8 +18,8 @@ class RopeScaling:
     """
 
     kind: Literal["llama3", "yarn"]
-    factor: float
-    original_length: int
+    factor: float = Field(ge=1)
+    original_length: int = Field(ge=1)
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     beta_fast: float = 32.0
@@ -37,17 +37,17 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    max_length: int
+    max_length: int = Field(ge=1)
     norm: Literal["rms", "layer"] = "rms"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0)
     activation: Literal["swiglu", "gelu"] = "swiglu"
     bias: Literal["none", "qkv", "all"] = "none"
     qk_norm: bool = False
     parallel_residual: bool = False
     tied_head: bool = False
     window: int | None = None
-    rope_theta: float = 10000.0
-    rope_fraction: float = 1.0
+    rope_theta: float = Field(10000.0, gt=1)
+    rope_fraction: float = Field(1.0, gt=0, le=1)
     rope_scaling: RopeScaling | None = None
 
     @model_validator(mode="after")

@@ -36,10 +36,15 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], LossSums]:
     """`sum(weights * (nll + z_loss * log(Z)^2))`, differentiable in `hidden` and `kernel`, and its parts.
 
-    At most `chunk` positions of each sequence have logits at one time.
+    At most `chunk` positions of each sequence have logits at one time. Only the sum is differentiable: its
+    parts, the targets and the weights carry no gradient.
     """
     length = hidden.shape[1]
-    chunk = next(size for size in range(min(chunk, length), 0, -1) if length % size == 0)
+    pieces = -(-length // chunk)
+    chunk = -(-length // pieces)
+    if padding := pieces * chunk - length:
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, padding), (0, 0))[: x.ndim])  # noqa: E731
+        hidden, targets, weights = pad(hidden), pad(targets), pad(weights)
     return _cross_entropy(z_loss, chunk, hidden, kernel, targets, weights)
 
 
