@@ -29,7 +29,9 @@ class State(NamedTuple):
     opt_state: optax.OptState
 
 
-def loss_sum(blueprint: Blueprint, train: TrainConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def loss_sum(
+    blueprint: Blueprint, train: TrainConfig, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """Sum over the batch of the training objective, and of the negative log-likelihood alone, in nats."""
     model = blueprint.bind(params)
     hidden = model(batch.tokens, batch.positions, batch.segment_ids).hidden
@@ -68,6 +70,19 @@ def gradients(
 def _split(x: jax.Array, count: int) -> jax.Array:
     """[B, S] -> [count, B / count, S]; every microbatch takes rows from each device, so none moves."""
     return shard(jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), None, *BATCH_AXES)
+
+
+def local_rows(mesh: Mesh, shape: tuple[int, int]) -> slice:
+    """The rows of a global batch of `shape` [B, S] that this process's devices hold."""
+    places = shardings(mesh, BATCH_AXES).addressable_devices_indices_map(shape).values()
+    spans = [rows.indices(shape[0]) for rows, _ in places]
+    return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows of a batch (NumPy) as global arrays on the mesh."""
+    sharding = shardings(mesh, BATCH_AXES)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer):

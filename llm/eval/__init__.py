@@ -1,0 +1,1 @@
+"""Measures of a trained model. Each is a function of the model and data that training can call."""

@@ -1,0 +1,47 @@
+"""Loss on held-out text, in nats per token and in bits per byte, which no tokenizer can flatter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from core.mesh import shardings
+from core.module import Blueprint, Params
+from llm.data.loader import Batch
+from llm.model.loss import cross_entropy
+from llm.step import BATCH_AXES, put_batch
+
+
+Evaluate = Callable[[Params, Iterable[Batch]], dict[str, float]]
+
+
+def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mesh: Mesh) -> Evaluate:
+    """`evaluate(params, batches) -> {"heldout_loss", "heldout_bits_per_byte"}`, compiled once.
+
+    `token_bytes` [V] is how many bytes of text each token stands for, 0 for a special one: what a token
+    of no bytes costs is counted, as a compressor pays for its end marks.
+    """
+    lengths = jnp.asarray(token_bytes, jnp.float32)
+
+    def sums(params: Params, batch: Batch) -> jax.Array:
+        model = blueprint.bind(params)
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids).hidden
+        counted = (batch.weights > 0).astype(jnp.float32)
+        _, parts = cross_entropy(hidden, model.head_kernel, batch.targets, counted, chunk=chunk)
+        return jnp.stack([parts.nll, counted.sum(), (counted * lengths[batch.targets]).sum()])
+
+    jitted = jax.jit(sums, in_shardings=(shardings(mesh, blueprint.axes), shardings(mesh, BATCH_AXES)))
+
+    def evaluate(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        total = np.zeros(3)
+        for batch in batches:
+            total += np.asarray(jitted(params, put_batch(batch, mesh)), np.float64)
+        nats, tokens, size = total
+        return {"heldout_loss": nats / tokens, "heldout_bits_per_byte": nats / math.log(2) / size}
+
+    return evaluate

@@ -1,0 +1,82 @@
+"""What has to stand before the first step: a tokenizer and token shards, made where they are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from core.errors import UserError
+from llm.config import Experiment
+from llm.data.corpus import Corpus, open_corpus
+from llm.data.loader import TokenDataset, open_dataset
+from llm.data.shards import build_shards
+from llm.tokenizer import Tokenizer, save, train_bpe
+
+_log = logging.getLogger(__name__)
+
+
+class Text(NamedTuple):
+    """The text of a run as the training loop sees it."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    train: TokenDataset
+    heldout: TokenDataset
+
+
+def prepare(experiment: Experiment) -> Text:
+    """Train the tokenizer on the training split and tokenize both splits, or reuse what stands.
+
+    Both are kept by the fingerprint of what they were made from, so a changed corpus makes new ones.
+
+    Raises:
+        UserError: for sources that can't be read, or a tokenizer that doesn't fit the model.
+    """
+    data = experiment.data
+    cache = Path(data.cache) if data.cache else Path(experiment.run.dir) / ".cache"
+    corpus = open_corpus(data.sources, data.heldout, data.heldout_fraction)
+    tokenizer = _tokenizer(experiment, corpus, cache / "tokenizers")
+    if tokenizer.vocab_size > experiment.model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size ({experiment.model.vocab_size}): raise that to a multiple of 128 above it"
+        )
+    shards = build_shards(corpus, tokenizer, cache / "shards")
+    train, heldout = (open_dataset(shards, split, data.sequence_length) for split in ("train", "heldout"))
+    _log.info(
+        "corpus %s: %s tokens to train on, %s held out",
+        corpus.fingerprint, f"{train.num_tokens:,}", f"{heldout.num_tokens:,}",
+    )  # fmt: skip
+    return Text(corpus, tokenizer, train, heldout)
+
+
+def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer:
+    options = experiment.tokenizer
+    if options.path is not None:
+        return Tokenizer.load(Path(options.path))
+    if experiment.init.source is not None:  # weights mean nothing under another vocabulary
+        return Tokenizer.load(Path(experiment.init.source) / "tokenizer")
+    vocab_size = options.vocab_size or experiment.model.vocab_size
+    key = hashlib.blake2b(f"{corpus.fingerprint} {vocab_size} {options.pattern}".encode(), digest_size=8)
+    folder = cache / key.hexdigest()
+    if not folder.is_dir():
+        texts = (document.text for document in corpus.documents("train"))
+        bpe = train_bpe(texts, vocab_size, options.pattern)
+        unfinished = folder.with_suffix(".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(bpe, unfinished)
+        unfinished.rename(folder)
+    return Tokenizer.load(folder)
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """[V] bytes of text that each id stands for; 0 for special and unused ids."""
+    special = tokenizer.special_ids
+    known = range(min(tokenizer.vocab_size, vocab_size))
+    lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in known]
+    return np.pad(np.array(lengths, np.int32), (0, vocab_size - len(lengths)))

@@ -1,0 +1,212 @@
+"""The training step through production code: meshes, accumulation, packing, optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+from core.errors import UserError
+from core.mesh import make_mesh, shardings
+from core.optim import learning_rate, make_optimizer
+from core.options import MeshConfig, OptimizerConfig
+from llm.config import TrainConfig
+from llm.data.loader import Batch
+from llm.model.config import ModelConfig
+from llm.model.transformer import Compute, blueprint
+from llm.step import gradients, init_state, jit_train_step, local_rows, put_batch
+
+MODEL = ModelConfig(
+    vocab_size=128,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    max_length=32,
+)
+TRAIN = TrainConfig(steps=5, z_loss=1e-4, loss_chunk=16)
+SGD = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="constant", clip_norm=None)
+ROWS, LENGTH = 32, 32
+
+
+def packed_batch(seed: int) -> Batch:
+    """Rows of several documents each, with a share of tokens that don't count: ragged."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, MODEL.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    begins = rng.random((ROWS, LENGTH)) < 0.1
+    segments = (np.cumsum(begins, 1) + 1).astype(np.int32)
+    place = np.arange(LENGTH)
+    positions = place - np.maximum.accumulate(np.where(begins, place, 0), 1)
+    share = rng.random((ROWS, 1))  # some rows have few weighted tokens, some many
+    weights = (rng.random((ROWS, LENGTH)) < share).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions.astype(np.int32), weights)
+
+
+def run(options: MeshConfig, train: TrainConfig = TRAIN, optimizer: OptimizerConfig = SGD, devices=None):
+    """Five steps; metrics by step, and the parameters at the end."""
+    model = blueprint(MODEL)
+    mesh = make_mesh(options, devices)
+    tx = make_optimizer(optimizer, train.steps, model.decay)
+    with jax.set_mesh(mesh):
+        state = init_state(model, tx, mesh, seed=0)
+        step = jit_train_step(model, train, tx, mesh)
+        history = []
+        for i in range(train.steps):
+            state, metrics = step(state, put_batch(packed_batch(i), mesh))
+            history.append({name: float(value) for name, value in metrics.items()})
+    return history, jax.tree.map(np.asarray, state.params)
+
+
+@functools.cache
+def one_device():
+    return run(MeshConfig(data=1), devices=jax.devices()[:1])
+
+
+def assert_same_course(got, expected):
+    for ours, theirs in zip(got[0], expected[0], strict=True):
+        assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=4, tensor=2),
+    MeshConfig(data=2, fsdp=4),
+    MeshConfig(data=1, fsdp=4, tensor=2),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+]
+
+
+@pytest.mark.parametrize("options", MESHES, ids=lambda o: f"data{o.data}-fsdp{o.fsdp}-tensor{o.tensor}")
+def test_sharded_equals_unsharded(options):
+    assert_same_course(run(options), one_device())
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=2, tensor=2), MeshConfig(data=4)])
+def test_accumulation_is_exact_on_ragged_token_counts(mesh):
+    train = dataclasses.replace(TRAIN, accumulation=4)
+    assert_same_course(run(mesh, train, devices=jax.devices()[:4]), one_device())
+
+
+def test_every_parameter_moves():
+    before = jax.tree.map(np.asarray, jax.jit(blueprint(MODEL).init)(jax.random.key(0)))
+    for path, moved in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: np.abs(a - b).max(), before, one_device()[1])
+    ):
+        assert moved > 0, path
+
+
+def test_packed_equals_unpacked():
+    """Documents side by side in a row cost, and pull, what they do each in a row of their own."""
+    rng = np.random.default_rng(0)
+    lengths = [5, 11, 16]
+    tokens = rng.integers(0, MODEL.vocab_size, sum(lengths) + 1).astype(np.int32)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+
+    def row(pieces):
+        """Pieces (start, end) of the stream as one row of LENGTH tokens, padded."""
+        used = sum(end - start for start, end in pieces)
+        pad = lambda parts: np.pad(np.concatenate(parts), (0, LENGTH - used))  # noqa: E731
+        return [
+            pad([tokens[a:b] for a, b in pieces]),
+            pad([tokens[a + 1 : b + 1] for a, b in pieces]),
+            pad([np.full(b - a, i + 1) for i, (a, b) in enumerate(pieces)]),
+            pad([np.arange(b - a) for a, b in pieces]),
+            pad([np.ones(b - a) for a, b in pieces]),
+        ]
+
+    def batch(rows):
+        columns = [np.stack(column) for column in zip(*rows, strict=True)]
+        return Batch(*(c.astype(np.int32) for c in columns[:4]), columns[4].astype(np.float32))
+
+    pieces = list(zip(starts, ends, strict=True))
+    model = blueprint(MODEL)
+    params = model.init(jax.random.key(1))
+    of = jax.jit(functools.partial(gradients, model, TRAIN))
+    packed_gradients, packed_loss = of(params, batch([row(pieces)]))
+    alone_gradients, alone_loss = of(params, batch([row([piece]) for piece in pieces]))
+    assert_allclose(packed_loss, alone_loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(packed_gradients), jax.tree.leaves(alone_gradients), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}, {"attention": "blockwise"}],
+    ids=str,
+)
+def test_how_it_is_computed_does_not_change_what(changes):
+    params = blueprint(MODEL).init(jax.random.key(1))
+    batch = packed_batch(0)
+    expected, loss = jax.jit(functools.partial(gradients, blueprint(MODEL), TRAIN))(params, batch)
+    model = blueprint(MODEL, dataclasses.replace(Compute(), **changes))
+    got, got_loss = jax.jit(functools.partial(gradients, model, TRAIN))(params, batch)
+    assert_allclose(got_loss, loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_adamw_is_torchs():
+    """Against torch.optim.AdamW: decay only where a parameter says so, clipping, the schedule."""
+    torch = pytest.importorskip("torch")
+    options = OptimizerConfig(learning_rate=0.05, warmup_steps=2, weight_decay=0.3, clip_norm=0.5)
+    rng = np.random.default_rng(0)
+    start = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
+    optimizer = make_optimizer(options, 10, {"w": True, "b": False})
+    params, state = jax.tree.map(jnp.asarray, start), optimizer.transform.init(start)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    adamw = torch.optim.AdamW(
+        [{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["b"]], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    from core.optim import clip
+
+    for step in range(10):
+        grads = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in start.items()}
+        for name, value in grads.items():
+            theirs[name].grad = torch.tensor(value)
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = float(optimizer.learning_rate(step))
+        adamw.step()
+        norm = optax.global_norm(grads)
+        updates, state = optimizer.transform.update(clip(grads, norm, 0.5), state, params)
+        params = optax.apply_updates(params, updates)
+    for name in start:
+        assert_allclose(params[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_schedules():
+    cosine = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 110)
+    assert_allclose([cosine(0), cosine(9), cosine(10), cosine(60), cosine(110)], [0.1, 1, 1, 0.55, 0.1], 1e-6)
+    options = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="wsd", final_fraction=0.0)
+    wsd = learning_rate(options, 100)  # decays over the last 20 steps
+    assert_allclose([wsd(0), wsd(9), wsd(50), wsd(80), wsd(90), wsd(100)], [0.1, 1, 1, 1, 0.5, 0], atol=1e-6)
+    short = learning_rate(dataclasses.replace(options, warmup_steps=1), 10)
+    assert_allclose(short(0), 1.0)
+
+
+def test_rows_of_a_process_cover_the_batch():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert local_rows(mesh, (ROWS, LENGTH)) == slice(0, ROWS)
+    placed = put_batch(packed_batch(0), mesh)
+    assert placed.tokens.sharding == shardings(mesh, ("act_batch", "act_seq"))
+    np.testing.assert_array_equal(placed.tokens, packed_batch(0).tokens)
+
+
+def test_a_mesh_that_does_not_match_is_named():
+    with pytest.raises(UserError, match=r"mesh\.data=3.*8 cpu device"):
+        make_mesh(MeshConfig(data=3))
