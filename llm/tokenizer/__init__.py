@@ -1,5 +1,8 @@
-"""Byte-level BPE: trained and encoded from scratch, and run in bulk by the engine of Hugging Face."""
+"""Byte-level BPE: trained and encoded from scratch, and run in bulk by Hugging Face's engine."""
 
+from llm.tokenizer.bpe import BPE, SPECIAL_TOKENS
+from llm.tokenizer.files import load_bpe, save
 from llm.tokenizer.tokenizer import Tokenizer
+from llm.tokenizer.trainer import train_bpe
 
-__all__ = ["Tokenizer"]
+__all__ = ["BPE", "SPECIAL_TOKENS", "Tokenizer", "load_bpe", "save", "train_bpe"]

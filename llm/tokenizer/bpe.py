@@ -1,7 +1,8 @@
 """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019): the tokenizer and its encoder.
 
-Ids: the 256 bytes (printable ones first, as `BYTE_ORDER` says), then the tokens that merges make, in the order they
-were learned, then the special tokens. So a byte or a merge keeps its id whatever special tokens follow.
+Ids: the 256 bytes (printable ones first, as `BYTE_ORDER` says), then the tokens that merges make, in the
+order they were learned, then the special tokens. So a byte or a merge keeps its id whatever special tokens
+follow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 from core.errors import UserError
 from llm.tokenizer.patterns import splitter
@@ -20,7 +22,7 @@ SPECIAL_TOKENS = (BEGIN, END, PAD, "<|start_header_id|>", "<|end_header_id|>", "
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_ORDER = bytes((*_PRINTABLE, *sorted(set(range(256)) - set(_PRINTABLE))))
-"""The byte with id i is BYTE_ORDER[i]: GPT-2's order, that of the characters that stand for bytes in files."""
+"""The byte with id i is BYTE_ORDER[i]: GPT-2's order, the printable bytes first."""
 
 BYTE_TO_CHAR = {
     byte: chr(byte) if i < len(_PRINTABLE) else chr(256 + i - len(_PRINTABLE))
@@ -56,7 +58,7 @@ class BPE:
         for token in self.special_tokens:
             if token.encode() in ordinary:
                 raise UserError(
-                    f"the special token {token!r} is an ordinary token too: choose another, such as <|{token}|>"
+                    f"the special token {token!r} is an ordinary token too: choose another, like <|{token}|>"
                 )
 
     @property
@@ -76,7 +78,7 @@ class BPE:
         return {token: len(self.vocabulary) + i for i, token in enumerate(self.special_tokens)}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`; with `special`, special tokens written in it become theirs, else they are plain text."""
+        """Ids of `text`. Special tokens written in it are plain text, unless `special`."""
         if not special or not self.special_tokens:
             return [i for piece in splitter(self.pattern)(text) for i in self._encode_piece(piece)]
         ids: list[int] = []
@@ -139,7 +141,8 @@ def check_special_tokens(tokens: Sequence[str]) -> None:
 def merge_piece(ids: list[int], merged: Mapping[tuple[int, int], int]) -> list[int]:
     """Merge, again and again, the earliest learned pair in `ids`, the leftmost of equals. Consumes `ids`.
 
-    A heap of candidate pairs over a linked list: n log n for n ids, so that a megabyte without a space is no trap.
+    A heap of candidate pairs over a linked list: n log n for n ids, so that a megabyte without a space is no
+    trap.
 
     Args:
         merged: the id that each pair merges into, the smaller the earlier learned.
@@ -147,9 +150,7 @@ def merge_piece(ids: list[int], merged: Mapping[tuple[int, int], int]) -> list[i
     size = len(ids)
     following = list(range(1, size + 1))
     preceding = list(range(-1, size - 1))
-    heap = [
-        (merged[pair], at, pair) for at, pair in enumerate(zip(ids, ids[1:], strict=False)) if pair in merged
-    ]
+    heap = [(merged[pair], at, pair) for at, pair in enumerate(pairwise(ids)) if pair in merged]
     heapq.heapify(heap)
     while heap:
         token, at, pair = heapq.heappop(heap)

@@ -14,10 +14,11 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def save(bpe: BPE, folder: str | Path) -> None:
-    """Write both files into `folder`. `tokenizer.json` comes last and whole: where it is, the tokenizer is complete.
+    """Write both files into `folder`; once `tokenizer.json` is there, the tokenizer is complete.
 
     Raises:
-        UserError: if the folder holds a tokenizer already, or `bpe` lacks a token that marks the begin or the end of
+        UserError: if the folder holds a tokenizer already, or `bpe` lacks a token that marks the begin or the
+        end of
             a text or fills a batch.
     """
     folder = Path(folder)
@@ -94,8 +95,8 @@ def read(path: Path) -> bytes:
 def to_json(bpe: BPE) -> dict:
     """What stands in `tokenizer.json`: the same splitting, merges and ids, for Hugging Face's engine.
 
-    Where special tokens are asked for, one begin-of-text is put in front, as Llama 3's tokenizer does, and none between
-    the two texts of a pair.
+    Where special tokens are asked for, one begin-of-text is put in front, as Llama 3's tokenizer does, and
+    none between the two texts of a pair.
     """
     tokens = ["".join(BYTE_TO_CHAR[byte] for byte in token) for token in bpe.vocabulary]
     begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}

@@ -1,24 +1,25 @@
 """Byte-pair merges, learned from counted words with NumPy alone.
 
-The distinct words lie end to end in flat arrays. Each step merges the most frequent pair of adjacent tokens, all
-its occurrences at once. What makes that fast without a compiled extension:
+The distinct words lie end to end in flat arrays. Each step merges the most frequent pair of adjacent tokens,
+all its occurrences at once. What makes that fast without a compiled extension:
 
-- A pair is born in one step, when the newer of its two tokens is, and from then on only loses occurrences. So its
-  positions are written down once, for all pairs of a step in one vectorized pass over that step's positions.
-- A count therefore only falls. The queue holds the last count seen; when a pair reaches its head, the pair's own
-  positions are filtered and counted, and it goes back down unless the count still holds. The counts of pairs that
-  never reach the head aren't kept up to date, and the corpus is never scanned again.
+- A pair is born in one step, when the newer of its two tokens is, and from then on only loses occurrences. So
+  its positions are written down once, for all pairs of a step in one vectorized pass over that step's
+  positions.
+- A count therefore only falls. The queue holds the last count seen; when a pair reaches its head, the pair's
+  own positions are filtered and counted, and it goes back down unless the count still holds. The counts of
+  pairs that never reach the head aren't kept up to date, and the corpus is never scanned again.
 - Most pairs are rare and will never be merged. They wait in arrays, outside the queue, until nothing in it is
   more frequent.
 
-Equal counts are decided by the smaller pair of ids, left id first. A run such as `aaaa` counts `aa` three times and
-is merged from the left, into `aa` `aa`. The trainer of the `tokenizers` package does the same with the same order of
-ids, so its merges are the same, ties included. They would differ where a pair occurs more than 2^31 times: its counts
-are 32-bit integers, these 64-bit.
+Equal counts are decided by the smaller pair of ids, left id first. A run such as `aaaa` counts `aa` three
+times and is merged from the left, into `aa` `aa`. The trainer of the `tokenizers` package does the same with
+the same order of ids, so its merges are the same, ties included. They would differ where a pair occurs more
+than 2^31 times: its counts are 32-bit integers, these 64-bit.
 
-No token is made twice. Wherever the bytes of a token come to stand as two whole tokens, every merge so far happened
-inside them, and so has happened in the same way wherever else they stand like that; the step that first makes the
-token makes it in all those places. Hence each merge is a new token, and its id says its rank.
+No token is made twice. Wherever the bytes of a token come to stand as two whole tokens, every merge so far
+happened inside them, and so has happened in the same way wherever else they stand like that; the step that
+first makes the token makes it in all those places. Hence each merge is a new token, and its id says its rank.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def learn_merges(
 class _Words:
     """All words end to end: the token at each position, its neighbors, and its word's count.
 
-    A token stands at its first byte. `following` and `preceding` lead to the neighbors; between two words is one
-    empty position.
+    A token stands at its first byte. `following` and `preceding` lead to the neighbors; between two words is
+    one empty position.
     """
 
     def __init__(self, counts: Mapping[str, int]) -> None:
@@ -116,7 +117,7 @@ class _Words:
 
 
 class _Queue:
-    """Pairs by falling count, then rising ids. Each knows its sorted positions, a stretch of one long array."""
+    """Pairs by falling count, then rising ids, with their sorted positions, stretches of one long array."""
 
     def __init__(self, words: _Words) -> None:
         self._words = words

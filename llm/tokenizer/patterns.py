@@ -27,19 +27,17 @@ PATTERNS = {
     ),
 }
 
+_NEWER_SPANS = """
+    558 58b-58c 88f c5c cdc 208f 209d-209f a7ce-a7cf a7d2 a7d4 a7dd a7e2 a7f1 ab6c-ab6d 107bb-107bf
+    10940-10959 10ec5-10ec7 10ed9-10eee 11b0a 11db0-11ddb 11de0-11de9 11df1 1246f 12475-1247f
+    12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6 187f8-187ff 18cd6-18cda 18d09-18d20 18d80-18df2
+    18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6 1df1f-1df24 1df2b-1df81 1df90-1df96 1dfcd-1dfff
+    1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 1e6e7-1e6ed 1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f 2b81e
+    2cea2-2cead 323b0-33479 3d000-3fc3f
+"""
 _NEWER = re.compile(
     "["
-    + "".join(
-        "-".join(chr(int(end, 16)) for end in span.split("-"))
-        for span in (
-            "558 58b-58c 88f c5c cdc 208f 209d-209f a7ce-a7cf a7d2 a7d4 a7dd a7e2 a7f1 ab6c-ab6d "
-            "107bb-107bf 10940-10959 10ec5-10ec7 10ed9-10eee 11b0a 11db0-11ddb 11de0-11de9 11df1 1246f "
-            "12475-1247f 12550-12686 16ea0-16eb8 16ebb-16ed3 16ff2-16ff6 187f8-187ff 18cd6-18cda "
-            "18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6 1df1f-1df24 "
-            "1df2b-1df81 1df90-1df96 1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 1e6e7-1e6ed "
-            "1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f 2b81e 2cea2-2cead 323b0-33479 3d000-3fc3f"
-        ).split()
-    )
+    + "".join(re.sub("[0-9a-f]+", lambda code: chr(int(code[0], 16)), span) for span in _NEWER_SPANS.split())
     + "]"
 )
 _SYMBOL = "\uffff"  # no letter, numeral or space in any version of Unicode
@@ -77,11 +75,12 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
 def cut_before(text: str, end: int, start: int = 0) -> int:
     """The last place in `text[start:end]` where it may be cut without changing a piece; `start` if none.
 
-    In both patterns a letter followed by anything else ends its piece, whatever stands around the two. Python's
-    own Unicode tables may be old, so what follows must be of a kind that no later version makes a letter.
+    In both patterns a letter before anything but a letter ends its piece, whatever stands around the two.
+    Python's Unicode tables have a version of their own: only what they all agree on is taken as either.
     """
     for at in range(min(end, len(text) - 1), start, -1):
-        if text[at - 1].isalpha() and unicodedata.category(text[at]) in ("Zs", "Cc", "Po"):
+        letter = text[at - 1].isalpha() and not _NEWER.match(text[at - 1])
+        if letter and unicodedata.category(text[at]) in ("Zs", "Cc", "Po"):
             return at
     return start
 

@@ -1,4 +1,4 @@
-"""The tokenizer that the rest of the project uses: Hugging Face's engine, over any byte-level `tokenizer.json`."""
+"""The tokenizer that all else uses: Hugging Face's engine, over any byte-level `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 
 from core.errors import UserError
@@ -23,11 +22,10 @@ class Tokenizer:
     characters, and only `special_ids` gives the id that ends a turn.
 
     Attributes:
-        folder: where it was loaded from.
-        fingerprint: hash of `tokenizer.json`; equal fingerprints give equal ids.
-        vocab_size: number of ids, special tokens included.
-        special_ids: the ids of the special tokens.
-        bos_id, eos_id, pad_id: begin of text, end of text, padding; None where the tokenizer has no such token.
+        folder: where it was loaded from. fingerprint: hash of `tokenizer.json`; equal fingerprints give equal
+        ids. vocab_size: number of ids, special tokens included. special_ids: the ids of the special tokens.
+        bos_id, eos_id, pad_id: begin of text, end of text, padding; None where the tokenizer has no such
+        token.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -70,13 +68,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as int32, computed on all cores."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, computed on all cores."""
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of `ids`; U+FFFD stands where their bytes aren't UTF-8. Ids that no token has are passed over."""
+        """Text of `ids`, with U+FFFD for what isn't UTF-8. Ids that no token has are passed over."""
         return self._engine.decode(ids, skip_special_tokens=skip_special)
 
     def token_bytes(self, token: int) -> bytes:

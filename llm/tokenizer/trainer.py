@@ -22,13 +22,13 @@ def train_bpe(
 ) -> BPE:
     """Learn a tokenizer from `texts`, which are read once and never held together.
 
-    The result depends on the texts alone, neither on their order nor on the number of cores. A script that calls this
-    needs the usual `if __name__ == "__main__":`, since words are counted in spawned processes.
+    The result depends on the texts alone, neither on their order nor on the number of cores. A script that
+    calls this needs the usual `if __name__ == "__main__":`, since words are counted in spawned processes.
 
     Args:
         vocab_size: number of ids: 256 bytes, merges and special tokens together.
         progress: show progress on standard error.
-        size: characters in all texts, if known, so that progress can tell the time left.
+        size: bytes of UTF-8 in all texts, if known, so that progress can tell the time left.
 
     Raises:
         UserError: for a vocabulary that is smaller than bytes and special tokens, or larger than the corpus
@@ -51,8 +51,8 @@ def train_bpe(
     supported = smallest + len(merges)
     if supported < vocab_size:
         raise UserError(
-            f"a vocabulary of {vocab_size} is larger than this corpus supports: its {len(counts)} distinct words "
-            f"make {supported} tokens at most; ask for no more than that, or give more text"
+            f"a vocabulary of {vocab_size} is larger than this corpus supports: its {len(counts)} distinct "
+            f"words make at most {supported} tokens; ask for that, or give more text"
         )
     return BPE(tuple(merges), tuple(special_tokens), pattern)
 

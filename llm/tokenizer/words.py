@@ -1,4 +1,4 @@
-"""Count the distinct pieces of a corpus, on all cores, in memory that grows with them and not with the text."""
+"""Count the distinct pieces of a corpus on all cores, in memory that grows with them, not with the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
+from core.errors import UserError
 from llm.tokenizer.patterns import cut_before, splitter
 
 BATCH = 4_000_000  # characters counted at a time
@@ -25,24 +27,22 @@ def count_words(
     """How often each piece of the split pattern occurs in all `texts`, which are read once.
 
     Texts longer than a batch are cut where no piece is changed, so only a few batches are held at a time.
-    Worker processes are started only where there is enough text to repay them. They are spawned, never forked, so
-    any thread or accelerator of the caller is left alone; a script that calls this needs the usual
+    Worker processes are started only where there is enough text to repay them. They are spawned, never
+    forked, so any thread or accelerator of the caller is left alone; a script that calls this needs the usual
     `if __name__ == "__main__":`.
 
     Args:
         processes: workers; None for one per core.
-        advance: called with the number of characters counted since the last call.
+        advance: called with the number of bytes counted since the last call.
     """
     count = functools.partial(_count, pattern)
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or os.cpu_count() or 1
     batches = _batches(texts)
     head = list(itertools.islice(batches, 3 if processes > 1 else 0))
     total: Counter[str] = Counter()
-    if len(head) < 3:
-        results = map(count, itertools.chain(head, batches))
-    else:
-        results = _in_processes(count, itertools.chain(head, batches), processes)
-    for words, size in results:
+    batches = itertools.chain(head, batches)
+    many = len(head) == 3
+    for words, size in _in_processes(count, batches, processes) if many else map(count, batches):
         # Counter.update would do this loop twice as slowly.
         for word, n in words.items():
             total[word] += n
@@ -54,7 +54,11 @@ def _count(pattern: str, batch: list[str]) -> tuple[Counter[str], int]:
     split, words = splitter(pattern), Counter[str]()
     for text in batch:
         words.update(split(text))
-    return words, sum(map(len, batch))
+    return words, sum(len(text if text.isascii() else _bytes(text)) for text in batch)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -94,5 +98,10 @@ def _in_processes(count: Callable, batches: Iterator[list[str]], processes: int)
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that counts words died: most likely memory ran out, or the script that asked for it "
+            "lacks `if __name__ == '__main__':` around its own commands"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
