@@ -16,8 +16,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # which the system leaves out when a write fails, as on a full disk
         raise
     sync_folder(path.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from core.run import RunFolder, plain
 
@@ -45,7 +46,7 @@ class MetricsWriter:
         """Write `values`, name to number, for `step`, which may not be before the last one written.
 
         A value that isn't finite stands as null in the file, since JSON has neither NaN nor infinities, and
-        as what it is in TensorBoard.
+        as what it is in TensorBoard. Raises `OSError` with the file's name, on a full disk for example.
         """
         if step < self._record["step"]:
             raise ValueError(f"step {step} after step {self._record['step']}")
@@ -54,17 +55,19 @@ class MetricsWriter:
             self._start, self._record = self._end, {"step": step}
         self._record |= {name: plain(value) for name, value in values.items()}
         line = json.dumps(self._record, allow_nan=False).encode() + b"\n"
-        self._file.seek(self._start)
-        self._file.write(line)
-        if same:
-            self._file.truncate()
-        self._file.flush()
-        self._end = self._file.tell()
+        with _naming(self._file):
+            self._file.seek(self._start)
+            self._file.write(line)
+            if same:
+                self._file.truncate()
+            self._file.flush()
+            self._end = self._file.tell()
         self._events.write(step, values)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # each write flushes, so what fails here was told by `write`
+                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | int]]:
@@ -106,6 +109,15 @@ def _remove_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def _naming(file: IO[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = file.name
+        raise
+
+
 class _Events:
     """TensorBoard's event files: one a start, named so that they are read in the order of writing.
 
@@ -121,7 +133,8 @@ class _Events:
         folder.mkdir(exist_ok=True)
         earlier = [int(path.name.rpartition(".")[2]) for path in folder.glob("events.out.tfevents.*")]
         name = f"events.out.tfevents.{max(earlier, default=0) + 1:06d}"
-        self._writer = RecordWriter(open(folder / name, "xb"))  # noqa: SIM115
+        self._file = open(folder / name, "xb")  # noqa: SIM115
+        self._writer = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         # Makes TensorBoard forget what an earlier start wrote past the step that this one goes on from.
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -132,8 +145,9 @@ class _Events:
         self._add(step=step, summary=self._summary(value=scalars))
 
     def _add(self, **fields: Any) -> None:
-        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-        self._writer.flush()
+        with _naming(self._file):
+            self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -172,6 +173,24 @@ def test_a_kill_keeps_every_step_that_was_written(run):
     with MetricsWriter(run, written):
         pass
     assert len(run.metrics.read_bytes().splitlines()) == written
+
+
+def test_a_full_disk_is_named_and_loses_no_earlier_step(small_disk):
+    run = RunFolder(small_disk)
+    ballast = small_disk / "ballast"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*'") as caught,
+        MetricsWriter(run) as writer,
+    ):
+        writer.write(1, {"loss": 1.0})
+        ballast.write_bytes(bytes(5_900_000))
+        for step in range(2, 100_000):
+            writer.write(step, {"loss": 1.0})
+    assert caught.value.errno == errno.ENOSPC and str(small_disk) in caught.value.filename
+    assert [row["step"] for row in read_metrics(run.metrics)][: step - 1] == list(range(1, step))
+    ballast.unlink()
+    write_steps(run, step, step + 1, start=step - 1)
+    assert [row["step"] for row in read_metrics(run.metrics)] == list(range(1, step + 2))
 
 
 def test_the_writer_needs_neither_jax_nor_tensorflow_nor_torch(run):
