@@ -24,6 +24,13 @@ del os.environ["XLA_FLAGS"]
 jaxtyping.install_import_hook(["core", "llm"], "beartype.beartype")
 
 
+def pytest_configure(config):
+    # Of an annotation inside Flax.
+    config.addinivalue_line(
+        "filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """Hundreds of compiled programs would hold gigabytes until the end of the suite."""
