@@ -169,18 +169,13 @@ class Checkpointer:
         return self.folder / f"{step}.saving"
 
     def _finish(self, step: int) -> None:
-        try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                manifest.write(self._unfinished(step))
-                os.rename(self._unfinished(step), self.folder / str(step))
-                sync_folder(self.folder)
-                for old in self.steps()[: -self._keep]:
-                    self._delete(old)
-        except BaseException:
-            if jax.process_index() == 0:
-                self._remove_unfinished()
-            raise
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            manifest.write(self._unfinished(step))
+            os.rename(self._unfinished(step), self.folder / str(step))
+            sync_folder(self.folder)
+            for old in self.steps()[: -self._keep]:
+                self._delete(old)
 
     def _delete(self, step: int) -> None:
         condemned = self.folder / f"{step}.deleting"
@@ -262,6 +257,8 @@ class Checkpointer:
             number = _os_error_number(error)
             if number is None:
                 raise
+            if jax.process_index() == 0 and self.folder.is_dir():
+                self._remove_unfinished()
             full = number in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full else os.strerror(number)
             remedy = "free some space" if full else "mend that"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from core.files import write_atomically
 from core.run import RunFolder, plain
 
 _log = logging.getLogger(__name__)
@@ -101,12 +102,7 @@ def _remove_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`, in one step that a kill can't split."""
     if not path.exists():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(line for _, line, record in _lines(path) if record["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, b"".join(line for _, line, record in _lines(path) if record["step"] <= step))
 
 
 @contextlib.contextmanager
@@ -131,8 +127,9 @@ class _Events:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
-        earlier = [int(path.name.rpartition(".")[2]) for path in folder.glob("events.out.tfevents.*")]
-        name = f"events.out.tfevents.{max(earlier, default=0) + 1:06d}"
+        numbers = [path.suffix[1:] for path in folder.glob("events.out.tfevents.*")]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        name = f"events.out.tfevents.{last + 1:06d}"
         self._file = open(folder / name, "xb")  # noqa: SIM115
         self._writer = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
