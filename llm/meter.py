@@ -34,7 +34,7 @@ class Meter:
         yield
         self.laps[name] += time.perf_counter() - start
 
-    def measure(self, step: int) -> dict[str, float]:
+    def measure(self, step: int) -> dict[str, float | int]:
         """Tokens so far, and the rates and seconds since the last call; evaluation stands apart.
 
         `checkpoint_seconds` is what saving has held up since the last call; `mfu` is the model's
@@ -43,7 +43,7 @@ class Meter:
         now = time.perf_counter()
         step_seconds = now - self.last - self.laps["evaluation"] - self.laps["checkpoint"]
         rate = self.tokens_per_step / step_seconds
-        values = {
+        values: dict[str, float | int] = {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
             "data_seconds": self.laps["data"],

@@ -76,7 +76,7 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """[V] bytes of text that each id stands for; 0 for special and unused ids."""
-    special = tokenizer.special_ids
+    special = set(tokenizer.special_ids.values())
     known = range(min(tokenizer.vocab_size, vocab_size))
     lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in known]
     return np.pad(np.array(lengths, np.int32), (0, vocab_size - len(lengths)))

@@ -36,7 +36,7 @@ def append_samples(run: RunFolder, step: int, prompts: Sequence[str], texts: Seq
     write_atomically(run.samples, "".join([*kept, f"## step {step}\n\n", *blocks, "\n"]))
 
 
-def finish(run: RunFolder, text: Text, vocab_size: int, parameters: int) -> dict[str, float | str]:
+def finish(run: RunFolder, text: Text, vocab_size: int, parameters: int) -> dict[str, float | int | str]:
     """Write `summary.json` and the plot, and print the table and the last samples."""
     metrics = read_metrics(run.metrics)
     last = metrics[-1]

@@ -71,7 +71,7 @@ def load_params(run: RunFolder, model: Blueprint, mesh: Mesh) -> Params:
         UserError: if there is no such run or checkpoint, or its model has another shape.
     """
     trained = load(Experiment, run.config).model
-    if blueprint(trained).shapes != model.shapes:
+    if _shapes(blueprint(trained)) != _shapes(model):
         raise UserError(
             f"init.from: the model in {run.path} has other parameters than `model` here: "
             f"take over the `model` section of {run.config}"
@@ -81,6 +81,10 @@ def load_params(run: RunFolder, model: Blueprint, mesh: Mesh) -> Params:
         if step is None:
             raise UserError(f"init.from: {run.path} has no checkpoint yet")
         return checkpointer.restore_params(step, _targets(model.shapes, shardings(mesh, model.axes)))
+
+
+def _shapes(model: Blueprint) -> Params:
+    return jax.tree.map(lambda s: s.shape, model.shapes)
 
 
 def _targets(shapes, places):

@@ -90,7 +90,7 @@ def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimiz
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         grads, loss = gradients(blueprint, train, state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.transform.update(
             clip(grads, norm, optimizer.clip_norm), state.opt_state, state.params
         )

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,9 +25,7 @@ from llm.data.permute import permute
 from llm.data.shards import FORMAT, shard_folder
 
 if TYPE_CHECKING:
-    import jax
-
-    Array = NDArray | jax.Array
+    Array = Any  # NumPy's from the loader, JAX's inside a step
 
 _NPY_HEADER = 128  # bytes before the values of a one-dimensional array
 

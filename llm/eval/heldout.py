@@ -16,7 +16,6 @@ from llm.data.loader import Batch
 from llm.model.loss import cross_entropy
 from llm.step import BATCH_AXES, put_batch
 
-
 Evaluate = Callable[[Params, Iterable[Batch]], dict[str, float]]
 
 

@@ -182,7 +182,7 @@ def test_adamw_is_torchs():
         for group in adamw.param_groups:
             group["lr"] = float(optimizer.learning_rate(step))
         adamw.step()
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, state = optimizer.transform.update(clip(grads, norm, 0.5), state, params)
         params = optax.apply_updates(params, updates)
     for name in start:

@@ -1,0 +1,321 @@
+"""Whole runs through `llm.loop.train` and the command: what a run leaves, and what survives what."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llm.loop
+from core.checkpoint import Checkpointer
+from core.config import parse
+from core.errors import UserError
+from core.metrics import read_metrics
+from core.run import RunFolder
+from llm.config import Experiment
+from llm.loop import train
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds", "mfu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Small real text files: pieces of this project's own design, its code."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted((ROOT / "core").glob("*.py")):
+        shutil.copy(path, folder)
+    return folder
+
+
+def experiment(corpus: Path, runs: Path, name: str = "run", **changes: dict) -> Experiment:
+    data = {
+        "run": {"name": name, "dir": str(runs)},
+        "data": {
+            "sources": [f"{corpus}/*.py"],
+            "sequence_length": 16,
+            "batch_size": 8,
+            "cache": str(corpus.parent / "cache"),
+        },
+        "model": {
+            "vocab_size": 300,
+            "num_layers": 2,
+            "embed_dim": 16,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "mlp_dim": 32,
+            "max_length": 32,
+            "tied_head": True,
+        },
+        "train": {"steps": 12, "attention": "reference"},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "eval": {"every": 6, "batches": 2},
+        "checkpoint": {"every": 4},
+    }
+    for section, values in changes.items():
+        data.setdefault(section, {}).update(values)
+    return parse(Experiment, data)
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """The metrics less the times."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    train(experiment(corpus, runs))
+    return runs / "run"
+
+
+def stop_at(monkeypatch, step: int, act) -> None:
+    """Call `act` when the loop fetches the batch of `step`."""
+    steps = iter(range(1, 10**6))
+    put = llm.loop.put_batch
+
+    def counting(batch, mesh):
+        if next(steps) == step:
+            act()
+        return put(batch, mesh)
+
+    monkeypatch.setattr(llm.loop, "put_batch", counting)
+
+
+def test_what_a_run_leaves(undisturbed):
+    metrics = read_metrics(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+    assert all({"loss", "grad_norm", "learning_rate", *TIMES[:4]} <= line.keys() for line in metrics)
+    assert "mfu" not in metrics[0]  # no peak is known for this CPU
+    assert [line["step"] for line in metrics if "heldout_loss" in line] == [6, 12]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["tokens"] == 12 * 8 * 16
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["heldout_bits_per_byte"] == metrics[-1]["heldout_bits_per_byte"]
+    assert len(summary["corpus_fingerprint"]) == 16
+    for name in ("config.yaml", "tokenizer/tokenizer.json", "plots/loss.png", "checkpoints/12/manifest.json"):
+        assert (undisturbed / name).exists()
+    meta = Checkpointer(undisturbed / "checkpoints").read_meta(12)
+    assert meta["format"] == 1 and meta["data"] == {"next_step": 12, "skipped": []}
+
+
+def test_heldout_bits_per_byte_is_over_all_bytes(undisturbed, corpus):
+    """Nats of all held-out tokens over the bytes of all held-out documents, counted here by hand."""
+    from llm.data.corpus import heldout_bytes, open_corpus
+    from llm.tokenizer import Tokenizer
+
+    texts = open_corpus([f"{corpus}/*.py"])
+    tokenizer = Tokenizer.load(undisturbed / "tokenizer")
+    tokens = sum(len(tokenizer.encode(d.text)) + 1 for d in texts.documents("heldout"))  # + EOS
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    expected = summary["heldout_loss"] * tokens / np.log(2) / len(heldout_bytes(texts))
+    assert summary["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_goes_on_bitwise(number, undisturbed, corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: os.kill(os.getpid(), number))
+        train(experiment(corpus, tmp_path))
+    run = tmp_path / "run"
+    assert numbers(run)[-1]["step"] == 7 and not (run / "summary.json").exists()
+    train(experiment(corpus, tmp_path), resume=True)
+    assert numbers(run) == numbers(undisturbed)
+    assert_same_parameters(run, undisturbed)
+
+
+def test_a_crash_loses_only_what_came_after_the_last_checkpoint(undisturbed, corpus, tmp_path, monkeypatch):
+    def crash():
+        raise RuntimeError("power failure")
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            train(experiment(corpus, tmp_path))
+    train(experiment(corpus, tmp_path), resume=True)
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+    assert_same_parameters(tmp_path / "run", undisturbed)
+
+
+def assert_same_parameters(run: Path, other: Path) -> None:
+    ours, theirs = (final_parameters(folder) for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def final_parameters(run: Path) -> dict[str, np.ndarray]:
+    import jax
+
+    from core.config import load
+    from llm.model.transformer import blueprint
+
+    shapes = blueprint(load(Experiment, run / "config.yaml").model).shapes
+    with Checkpointer(run / "checkpoints") as checkpointer:
+        params = checkpointer.restore_params(checkpointer.latest_step(), shapes)
+    return {
+        jax.tree_util.keystr(path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def test_resume_onto_another_mesh(undisturbed, corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(experiment(corpus, tmp_path, mesh={"data": 8}))
+    train(experiment(corpus, tmp_path, mesh={"data": 4, "fsdp": 2}), resume=True)
+    for ours, theirs in zip(numbers(tmp_path / "run"), numbers(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_without_resume_a_run_is_not_touched(undisturbed, corpus):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(experiment(corpus, undisturbed.parent))
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_another_configuration_is_refused(undisturbed, corpus):
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate.*0\.01.*0\.02"):
+        train(experiment(corpus, undisturbed.parent, optimizer={"learning_rate": 0.02}), resume=True)
+
+
+def test_resume_on_a_changed_corpus_is_refused(undisturbed, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")  # new times of modification
+    shutil.copytree(undisturbed, tmp_path / "run")
+    config = (tmp_path / "run/config.yaml").read_text().replace(str(corpus), str(tmp_path / "corpus"))
+    (tmp_path / "run/config.yaml").write_text(config)
+    changed = experiment(corpus, tmp_path, data={"sources": [f"{tmp_path}/corpus/*.py"]})
+    (tmp_path / "corpus/config.py").write_text("nothing = 'as it was before'\n" * 100)
+    with pytest.raises(UserError, match="corpus has changed since checkpoint 12"):
+        train(changed, resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, corpus, tmp_path, caplog):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    victim = max((tmp_path / "run/checkpoints/12/params").rglob("d/*"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    train(experiment(corpus, tmp_path), resume=True)
+    assert "checkpoint 12 is damaged" in caplog.text and victim.name in caplog.text
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_path):
+    frozen = {"learning_rate": 1e-30, "warmup_steps": 0, "weight_decay": 0.0}
+    train(experiment(corpus, tmp_path, init={"from": str(undisturbed)}, optimizer=frozen, train={"steps": 1}))
+    assert_same_parameters(tmp_path / "run", undisturbed)
+    assert numbers(tmp_path / "run")[-1]["heldout_loss"] == numbers(undisturbed)[-1]["heldout_loss"]
+
+
+def test_init_from_another_shape_is_refused(undisturbed, corpus, tmp_path):
+    with pytest.raises(UserError, match=r"init\.from.*other parameters"):
+        train(experiment(corpus, tmp_path, init={"from": str(undisturbed)}, model={"mlp_dim": 64}))
+
+
+def test_a_mistake_in_the_data_leaves_no_run_behind(corpus, tmp_path):
+    with pytest.raises(UserError, match="no file matches"):
+        train(experiment(corpus, tmp_path, data={"sources": [f"{corpus}/*.text"]}))
+    train(experiment(corpus, tmp_path, train={"steps": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"data": 3}}, r"mesh\.data=3 does not match the 8 cpu device"),
+        (
+            {"mesh": {"data": 4, "tensor": 2}},
+            r"model\.num_kv_heads \(1\) does not divide over mesh\.tensor=2",
+        ),
+        ({"data": {"batch_size": 4}}, r"data\.batch_size / train\.accumulation \(4\) does not divide"),
+        ({"tokenizer": {"vocab_size": 280}, "model": {"vocab_size": 288}}, None),
+        ({"model": {"vocab_size": 200_000}}, "supports"),
+    ],
+)
+def test_impossible_combinations_are_named(changes, message, corpus, tmp_path):
+    if message is None:  # fewer tokens than the model has rows is fine
+        train(experiment(corpus, tmp_path, train={"steps": 1}, **changes))
+        return
+    with pytest.raises(UserError, match=message):
+        train(experiment(corpus, tmp_path, **changes))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "llm.train", "--config", str(config), *arguments]
+
+
+def clean_environment(tmp_path: Path) -> dict[str, str]:
+    """As a user's shell: one CPU device, compiled programs kept in `tmp_path`."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    return environment | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+
+def test_help_is_quick_and_imports_no_jax():
+    code = "import sys, llm.train; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = subprocess.run([*command(Path("x"))[:3], "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--resume" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "train.stpes=3"], "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+        (["--set", "train.steps=many"], "'train.steps' is 'many'"),
+        (["--set", "model.num_heads=3", "--set", "model.num_kv_heads=2"], "not a multiple of"),
+    ],
+)
+def test_mistakes_exit_with_2_and_no_traceback(arguments, message):
+    config = ROOT / "configs/llm/quickstart.yaml"
+    done = subprocess.run(command(config, *arguments), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(corpus, tmp_path):
+    """SIGKILL anywhere, then --resume: the metrics end as if nothing had happened, bit for bit."""
+    from core.config import to_yaml
+
+    steps = {"train": {"steps": 400}, "checkpoint": {"every": 7}, "eval": {"every": 50}}
+    environment = clean_environment(tmp_path)
+    for name in ("calm", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(experiment(corpus, tmp_path, name, **steps)))
+    subprocess.run(
+        command(tmp_path / "calm.yaml"), check=True, cwd=ROOT, env=environment, capture_output=True
+    )
+    random.seed(0)
+    resumable = command(tmp_path / "killed.yaml", "--resume")
+    metrics = tmp_path / "killed/metrics.jsonl"
+    kills = 0
+    while kills < 10:
+        before = metrics.stat().st_size if metrics.exists() else 0
+        process = subprocess.Popen(
+            resumable, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if kills % 3:  # in the midst of training; else anywhere from the start on
+            while process.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) == before:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.5))
+        else:
+            time.sleep(random.uniform(0, 6))
+        assert process.poll() is None, "finished before it was killed ten times: make the run longer"
+        process.kill()
+        process.wait()
+        kills += 1
+    subprocess.run(resumable, check=True, cwd=ROOT, env=environment, capture_output=True)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "calm")
+    assert_same_parameters(tmp_path / "killed", tmp_path / "calm")
+    steps_seen = [line["step"] for line in read_metrics(RunFolder(tmp_path / "killed").metrics)]
+    assert steps_seen == list(range(1, 401))
