@@ -106,7 +106,7 @@ def _show_split(tokenizer: Tokenizer, text: str, console) -> None:
 
 
 def visible(token: bytes) -> str:
-    """A token as one printable word: spaces as dots, and what doesn't print, or isn't UTF-8 alone, escaped."""
+    """A token as one printable word: a space as a dot, what doesn't print or isn't UTF-8 escaped."""
     try:
         text = token.decode("utf-8")
     except UnicodeDecodeError:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from core.errors import UserError
 from llm.tokenizer.bpe import BPE, BYTE_ORDER, SPECIAL_TOKENS, check_special_tokens
-from llm.tokenizer.merges import learn_merges
 from llm.tokenizer.patterns import splitter
 from llm.tokenizer.words import count_words
 
@@ -34,6 +33,9 @@ def train_bpe(
         UserError: for a vocabulary that is smaller than bytes and special tokens, or larger than the corpus
             supports; for an empty corpus, an unknown pattern, or a special token that can't be one.
     """
+    # Here, for the sake of the processes that count words: they import this package, and need no NumPy.
+    from llm.tokenizer.merges import learn_merges
+
     splitter(pattern)
     check_special_tokens(special_tokens)
     smallest = len(BYTE_ORDER) + len(special_tokens)
