@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llm.model.blockwise import blockwise_attention
+from llm.model.layers import contract
 
 Backend = Literal["reference", "blockwise"]
 
@@ -60,7 +61,7 @@ def attention_weights(
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = contract("bsgrk,btgk->bgrst", q, k, jnp.float32) * head_dim**-0.5
     i = q_offset + jnp.arange(length)[:, None]
     j = jnp.arange(k.shape[1])[None, :]
     visible = (j <= i) if window is None else (j <= i) & (i - j < window)
@@ -72,5 +73,5 @@ def weighted_values(
     weights: Float[Array, "B G R S T"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B S H K"]:
     """Sum of values under an attention map, H = G * R."""
-    out = jnp.einsum("bgrst,btgk->bsgrk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(v.dtype)
+    out = contract("bgrst,btgk->bsgrk", weights.astype(v.dtype), v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])

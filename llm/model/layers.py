@@ -10,45 +10,54 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from core.module import param
 
 
 def product(equation: str, x: jax.Array, w: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """`einsum` of an activation with a weight: operands in x's dtype, sums in float32.
+    """`einsum` of an activation with a weight, by the rules of `contract`.
 
-    The result is in `out_dtype`, x's own by default. The weight keeps its own precision: its gradient is
-    the float32 sum, never rounded to x's dtype, and both products of the backward pass read operands in
-    x's dtype. (JAX's own rule would multiply a float32 cotangent.)
+    The weight keeps its own precision: its gradient is the float32 sum, never rounded to x's dtype.
     """
-    return _product(equation, jnp.dtype(out_dtype or x.dtype), x, w)
+    return checkpoint_name(contract(equation, x, w, out_dtype), "product")
+
+
+def contract(equation: str, x: jax.Array, y: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """`einsum` with operands in x's dtype and sums in float32; the result is in `out_dtype`, x's by default.
+
+    Both products of the backward pass read operands in x's dtype too. (JAX's own rule would multiply a
+    float32 cotangent.) Each gradient has its argument's dtype.
+    """
+    return _contract(equation, jnp.dtype(out_dtype or x.dtype), x, y)
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    y = y.astype(x.dtype)
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(equation, out_dtype, x, w):
-    return _einsum(equation, x, w.astype(x.dtype)).astype(out_dtype)
+def _contract(equation, out_dtype, x, y):
+    return _einsum(equation, x, y, out_dtype)
 
 
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+def _contract_forward(equation, out_dtype, x, y):
+    return _einsum(equation, x, y, out_dtype), (x, y)
 
 
-def _product_forward(equation, out_dtype, x, w):
-    return _product(equation, out_dtype, x, w), (x, w)
-
-
-def _product_backward(equation, out_dtype, residuals, g):
-    x, w = residuals
+def _contract_backward(equation, out_dtype, residuals, g):
+    x, y = residuals
     inputs, out = equation.split("->")
-    x_axes, w_axes = inputs.split(",")
+    x_axes, y_axes = inputs.split(",")
     g = g.astype(x.dtype)
-    dx = _einsum(f"{out},{w_axes}->{x_axes}", g, w.astype(x.dtype)).astype(x.dtype)
-    dw = _einsum(f"{x_axes},{out}->{w_axes}", x, g).astype(w.dtype)
-    return dx, dw
+    dx = _einsum(f"{out},{y_axes}->{x_axes}", g, y, x.dtype)
+    dy = _einsum(f"{x_axes},{out}->{y_axes}", x, g, y.dtype)
+    return dx, dy
 
 
-_product.defvjp(_product_forward, _product_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Linear(nnx.Module):
