@@ -15,7 +15,7 @@ Backend = Literal["reference", "blockwise"]
 
 
 def choose_backend(asked: Literal["auto", "reference", "blockwise"], platform: str) -> Backend:
-    """The backend for training on `platform`: blockwise on the CPU, XLA's fusion of the reference elsewhere."""
+    """The backend for training on `platform`: blockwise on the CPU, the reference as XLA fuses it elsewhere."""
     if asked != "auto":
         return asked
     return "blockwise" if platform == "cpu" else "reference"

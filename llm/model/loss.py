@@ -51,7 +51,7 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(z_loss, chunk, hidden, kernel, targets, weights):
     def body(sums, piece):
-        logits, log_z, nll = _chunk_nll(kernel, *piece[:2])
+        _, log_z, nll = _chunk_nll(kernel, *piece[:2])
         return _add(sums, nll, log_z, piece[2]), None
 
     sums, _ = jax.lax.scan(body, _zeros(), _chunks(chunk, hidden, targets, weights))

@@ -1,0 +1,40 @@
+"""Floating-point operations of a Transformer by formula. Reading it needs no JAX.
+
+The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and nanoGPT: two
+operations for each multiply-add; each parameter of a matrix product, the head's included and the embedding
+lookup's not, costs 2 forward and 4 backward per token; so does, per head dimension, each key that a query
+attends to, twice: for its score and for its value. Unlike them, keys that the causal mask or the window
+hides are not counted. Norms, activations and the softmax are left out, and so is whatever is computed again
+(remat): these are the operations a model needs, not those a program runs. Shorter documents in a packed
+sequence are not taken into account.
+"""
+
+from __future__ import annotations
+
+from llm.model.config import ModelConfig
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Parameters that enter a matrix product for every token: all but embedding rows, norms and biases."""
+    query_and_out = 2 * config.num_heads * config.head_dim
+    key_and_value = 2 * config.num_kv_heads * config.head_dim
+    mlp = (3 if config.activation == "swiglu" else 2) * config.mlp_dim
+    block = config.embed_dim * (query_and_out + key_and_value + mlp)
+    return config.num_layers * block + config.vocab_size * config.embed_dim
+
+
+def visible_keys(config: ModelConfig, sequence_length: int) -> float:
+    """Mean number of keys that a query sees, a triangle or a band of the square: S/2 without a window."""
+    window = min(config.window or sequence_length, sequence_length)
+    return window - window**2 / (2 * sequence_length)
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations of the forward pass, logits included, per token of sequences of `sequence_length`."""
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim
+    return 2 * matmul_parameters(config) + attention * visible_keys(config, sequence_length)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations of a forward and a backward pass per token of sequences of `sequence_length`."""
+    return 3 * forward_flops_per_token(config, sequence_length)
