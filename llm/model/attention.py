@@ -15,7 +15,7 @@ Backend = Literal["reference", "blockwise"]
 
 
 def choose_backend(asked: Literal["auto", "reference", "blockwise"], platform: str) -> Backend:
-    """The backend for training on `platform`: blockwise on the CPU, the reference as XLA fuses it elsewhere."""
+    """The backend for training on `platform`: blockwise on the CPU, elsewhere the reference."""
     if asked != "auto":
         return asked
     return "blockwise" if platform == "cpu" else "reference"
