@@ -19,13 +19,17 @@ class Tokenizer:
     """Text to ids and back. Text is data, never control: no special token is found in it or added to it.
 
     The engine is told so (`encode_special_tokens`): `<|eot_id|>` written in a document becomes the ids of its
-    characters, and only `special_ids` gives the id that ends a turn.
+    characters, and only `special_ids` gives the id that ends a turn. (Tokens that another maker added without
+    calling them special, such as GPT-NeoX's runs of spaces, are vocabulary and are found.)
 
     Attributes:
-        folder: where it was loaded from. fingerprint: hash of `tokenizer.json`; equal fingerprints give equal
-        ids. vocab_size: number of ids, special tokens included. special_ids: the ids of the special tokens.
-        bos_id, eos_id, pad_id: begin of text, end of text, padding; None where the tokenizer has no such
-        token.
+        folder: where it was loaded from.
+        fingerprint: hash of `tokenizer.json`; equal fingerprints give equal ids.
+        vocab_size: number of ids, special tokens included.
+        special_ids: the ids of the special tokens.
+        bos_id: begin of text. Like the next two, None where the tokenizer has no such token.
+        eos_id: end of text.
+        pad_id: padding.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from core.errors import UserError
 from llm.tokenizer import BPE, SPECIAL_TOKENS, Tokenizer, load_bpe, save, train_bpe
@@ -238,3 +238,23 @@ def test_an_id_that_no_token_has_is_named(pair, ids):
 def test_merges_of_no_training_are_refused():
     with pytest.raises(UserError, match="two merges make the same token"):
         BPE(((0, 1), (0, 1)), ())
+
+
+def test_a_byte_level_tokenizer_of_another_make_is_read(tmp_path):
+    """GPT-2's shape: the special token has the first id and stands in the vocabulary too."""
+    engine = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.Sequence([decoders.ByteLevel()])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    engine.train_from_iterator(
+        [WORLD],
+        trainers.BpeTrainer(vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet),
+    )
+    engine.save(str(tmp_path / TOKENIZER))
+    (tmp_path / CONFIG).write_text('{"eos_token": "<|endoftext|>"}')
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.eos_id, loaded.bos_id) == (280, 0, None)
+    text = WORLD + "<|endoftext|>"
+    ids = loaded.encode(text)
+    assert 0 not in ids and loaded.decode(ids) == text
+    assert b"".join(map(loaded.token_bytes, [*ids, 0])) == text.encode() + b"<|endoftext|>"
