@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_a_new_run_holds_its_configuration_and_environment(tmp_path):
     (start,) = json.loads(run.environment.read_text())
     assert set(start["packages"]) == {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
     assert start["packages"]["numpy"] == np.__version__
-    assert "pytest" in start["command"] and start["python"].startswith("3.")
+    assert start["command"] == shlex.join(sys.orig_argv) and start["python"].startswith("3.")
     if (ROOT / ".git").exists():
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         assert start["git_commit"] == head.stdout.strip() and isinstance(start["git_dirty"], bool)
