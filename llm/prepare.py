@@ -66,7 +66,7 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     folder = cache / key.hexdigest()
     if not folder.is_dir():
         texts = (document.text for document in corpus.documents("train"))
-        bpe = train_bpe(texts, vocab_size, options.pattern)
+        bpe = train_bpe(texts, vocab_size, options.pattern, size=corpus.num_bytes)
         unfinished = folder.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         save(bpe, unfinished)
