@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 
-def equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
+def equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Every equation of a jaxpr and of those inside it, with how many times loops run it."""
     for equation in jaxpr.eqns:
         yield equation, times
@@ -18,7 +19,7 @@ def equations(jaxpr: Jaxpr, times: int = 1) -> Iterator[tuple[JaxprEqn, int]]:
             yield from equations(inner, runs)
 
 
-def products(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, int]]:
+def products(jaxpr: Jaxpr) -> list[tuple[Any, int]]:
     """Every `dot_general`, with the floating-point operations of all its runs."""
     found = []
     for equation, times in equations(jaxpr):

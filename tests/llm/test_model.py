@@ -12,6 +12,7 @@ import pytest
 from numpy.testing import assert_allclose
 from programs import equations, products
 
+from llm.model.attention import Backend
 from llm.model.config import ModelConfig
 from llm.model.loss import cross_entropy
 from llm.model.transformer import Compute, blueprint
@@ -94,7 +95,7 @@ def gradient(config: ModelConfig, **compute):
 
 
 @functools.cache
-def logits(config: ModelConfig, backend: str):
+def logits(config: ModelConfig, backend: Backend):
     def run(params, batch):
         model = blueprint(config, Compute(attention=backend)).bind(params)
         return model.logits(model(batch["tokens"], batch["positions"], batch["segments"]).hidden)

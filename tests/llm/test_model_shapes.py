@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,15 @@ from llm.model.transformer import blueprint
 CONFIGS = Path(__file__).parents[2] / "configs" / "llm"
 
 # What Hugging Face's `config.json` of each model says.
-LLAMA2 = {
+LLAMA2: dict[str, Any] = {
     "vocab_size": 32000,
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "max_position_embeddings": 4096,
 }
-LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-PYTHIA = {"vocab_size": 50304, "max_position_embeddings": 2048}
-REFERENCES = {
+LLAMA3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+PYTHIA: dict[str, Any] = {"vocab_size": 50304, "max_position_embeddings": 2048}
+REFERENCES: dict[str, tuple[int, Any]] = {
     "llama2-7b": (
         6_738_415_616,
         transformers.LlamaConfig(
