@@ -16,12 +16,32 @@ from jax.typing import DTypeLike
 from core.module import param
 
 
-def product(equation: str, x: jax.Array, w: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+def product(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    out_dtype: DTypeLike | None = None,
+    *,
+    weight_first: bool = False,
+) -> jax.Array:
     """`einsum` of an activation with a weight, by the rules of `contract`.
 
     The weight keeps its own precision: its gradient is the float32 sum, never rounded to x's dtype.
+    `weight_first` is for activations of few rows: the CPU's libraries pack the right operand of each product
+    anew, which takes longer than the product itself if that is the weight. Not to be differentiated.
     """
+    if weight_first:
+        return _weight_first(equation, x, w, out_dtype or x.dtype)
     return checkpoint_name(contract(equation, x, w, out_dtype), "product")
+
+
+def _weight_first(equation: str, x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
+    x_axes, w_axes, out = equation.replace("->", ",").split(",")
+    w_out = "".join(axis for axis in w_axes if axis in out)
+    x_out = "".join(axis for axis in x_axes if axis in out)
+    y = _einsum(f"{w_axes},{x_axes}->{w_out}{x_out}", w.astype(x.dtype), x, out_dtype)
+    # Without the barrier XLA would fold the transposition into the product and swap the operands back.
+    return jnp.einsum(f"{w_out}{x_out}->{out}", jax.lax.optimization_barrier(y))
 
 
 def contract(equation: str, x: jax.Array, y: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
@@ -74,7 +94,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         scale: float = 1.0,
     ):
-        self.equation = equation
+        self.equation, self.weight_first = equation, False
         init = jax.nn.initializers.truncated_normal(scale / math.sqrt(fan_in))
         self.kernel = param(rngs, init, shape, axes, decay=True)
         kernel_axes, out_axes = equation.split(",")[1].split("->")
@@ -87,7 +107,7 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(self.equation, x, self.kernel[...])
+        y = product(self.equation, x, self.kernel[...], weight_first=self.weight_first)
         # Added in float32, so that the bias's gradient is a float32 sum over tokens.
         return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(y.dtype)
 

@@ -19,6 +19,7 @@ from core.mesh import shard
 from core.module import Blueprint, param, stack
 from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
+from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
 from llm.model.layers import Linear, Norm, product
 
@@ -37,15 +38,6 @@ class Compute:
     attention: Backend = "reference"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far; slots from `length` on are free."""
-
-    k: Float[Array, "L B T G K"]
-    v: Float[Array, "L B T G K"]
-    segments: Int[Array, "B T"]  # 0 marks a slot that holds padding
-    length: Int[Array, ""]
 
 
 class Output(NamedTuple):
@@ -87,7 +79,7 @@ class Attention(nnx.Module):
         self.q_norm = Norm(config.norm, k, config.norm_epsilon, rngs) if config.qk_norm else None
         self.k_norm = Norm(config.norm, k, config.norm_epsilon, rngs) if config.qk_norm else None
 
-    def __call__(self, x, view: View, layer, k_cache, v_cache, capture: bool):
+    def __call__(self, x, view: View, kv, capture: bool):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -95,20 +87,22 @@ class Attention(nnx.Module):
         q = shard(q, "act_batch", "act_seq", "act_heads", "act_head_dim")
         k = shard(k, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
         v = shard(v, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
-        if k_cache is not None:
-            start = (layer, 0, view.q_offset, 0, 0)
-            k_cache = jax.lax.dynamic_update_slice(k_cache, k[None].astype(k_cache.dtype), start)
-            v_cache = jax.lax.dynamic_update_slice(v_cache, v[None].astype(v_cache.dtype), start)
-            k, v = k_cache[layer].astype(q.dtype), v_cache[layer].astype(q.dtype)
-        masks = (view.q_segments, view.kv_segments)
+        masks, batch, groups = (view.q_segments, view.kv_segments), x.shape[0], k.shape[2]
+        if kv is not None:
+            kv = tuple(write(rows, new, view.q_offset) for rows, new in zip(kv, (k, v), strict=True))
+            q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
+            masks = tuple(jnp.repeat(segments, groups, axis=0) for segments in masks)
         weights = None
         if capture:
             weights = attention_weights(q, k, *masks, self.window, view.q_offset)
             y = weighted_values(weights, v)
+            weights = weights.reshape(batch, groups, -1, *weights.shape[3:])
         else:
             y = attention(q, k, v, *masks, window=self.window, q_offset=view.q_offset, backend=self.backend)
+        if kv is not None:
+            y = from_rows(y, batch)
         y = shard(y, "act_batch", "act_seq", "act_heads", "act_head_dim")
-        return self.out(y), k_cache, v_cache, weights
+        return self.out(y), kv, weights
 
 
 class MLP(nnx.Module):
@@ -139,13 +133,11 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.norm, config.embed_dim, config.norm_epsilon, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, view: View, layer, k_cache, v_cache, capture: bool):
-        y, k_cache, v_cache, weights = self.attention(
-            self.attention_norm(x), view, layer, k_cache, v_cache, capture
-        )
+    def __call__(self, x, view: View, kv, capture: bool):
+        y, kv, weights = self.attention(self.attention_norm(x), view, kv, capture)
         y = x + y
         y = y + self.mlp(self.mlp_norm(x if self.parallel else y))
-        return shard(y, "act_batch", "act_seq", "act_embed"), k_cache, v_cache, weights
+        return shard(y, "act_batch", "act_seq", "act_embed"), kv, weights
 
 
 class Transformer(nnx.Module):
@@ -185,28 +177,43 @@ class Transformer(nnx.Module):
         table = shard(self.embedding[...], "act_vocab", "act_embed")
         x = table[tokens].astype(self.compute.dtype)
         x = shard(x, "act_batch", "act_seq", "act_embed")
-        x, k, v, aux = self._run_blocks(x, view, cache, capture)
-        if cache is not None:
-            cache = Cache(k, v, view.kv_segments, cache.length + tokens.shape[1])
-        return Output(self.norm(x), cache, aux)
+        if cache is None:
+            x, aux = self._scan_blocks(x, view, capture)
+            return Output(self.norm(x), None, aux)
+        x, k, v, aux = self._append_blocks(x, view, cache, capture)
+        return Output(self.norm(x), Cache(k, v, view.kv_segments, cache.length + tokens.shape[1]), aux)
 
-    def _run_blocks(self, x, view: View, cache: Cache | None, capture: bool):
+    def _scan_blocks(self, x, view: View, capture: bool):
         graph, stacked = nnx.split(self.blocks)
 
-        def body(carry, layer):
-            index, params = layer
-            x, k, v, weights = nnx.merge(graph, params)(carry[0], view, index, *carry[1:], capture)
-            return (x, k, v), {"attention": weights, "hidden": x} if capture else None
+        def body(x, params):
+            x, _, weights = nnx.merge(graph, params)(x, view, None, capture)
+            return x, {"attention": weights, "hidden": x} if capture else None
 
         if self.compute.remat != "none":
             policy = REMAT_POLICIES[self.compute.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=not self.compute.scan_layers)
-        carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        layers = (jnp.arange(self.config.num_layers), stacked)
         # Unrolled means unrolled by XLA, so that both forms are one program to read.
         unroll = 1 if self.compute.scan_layers else self.config.num_layers
-        (x, k, v), aux = jax.lax.scan(body, carry, layers, unroll=unroll)
-        return x, k, v, aux
+        return jax.lax.scan(body, x, stacked, unroll=unroll)
+
+    def _append_blocks(self, x, view: View, cache: Cache, capture: bool):
+        """Layer after layer: a scan would copy weights and cache out of their stacks at every token."""
+        k, v, aux = [], [], []
+        for block, *kv in zip(self.layers(), cache.k, cache.v, strict=True):
+            x, (k_rows, v_rows), weights = block(x, view, kv, capture)
+            k.append(k_rows)
+            v.append(v_rows)
+            aux.append({"attention": weights, "hidden": x})
+        return x, tuple(k), tuple(v), jax.tree.map(lambda *a: jnp.stack(a), *aux) if capture else None
+
+    def layers(self) -> list[Block]:
+        """The blocks one by one, out of their stack or, in a model made for decoding, as they are."""
+        if isinstance(self.blocks, nnx.List):
+            return list(self.blocks)
+        graph, stacked = nnx.split(self.blocks)
+        pick = lambda i: jax.tree.map(lambda p: p[i], stacked)  # noqa: E731
+        return [nnx.merge(graph, pick(i)) for i in range(self.config.num_layers)]
 
     @property
     def head_kernel(self) -> Float[Array, "V D"]:
@@ -226,11 +233,3 @@ def residual_scale(config: ModelConfig) -> float:
 def blueprint(config: ModelConfig, compute: Compute | None = None) -> Blueprint:
     """The abstract model: parameter metadata, initial values, and `bind` to a callable module."""
     return Blueprint.of(lambda rngs: Transformer(config, compute or Compute(), rngs))
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str = "float32") -> Cache:
-    """A cache for `slots` tokens of each of `batch` sequences."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    return Cache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), jnp.int32), jnp.int32(0)
-    )
