@@ -71,7 +71,7 @@ def sample(
 
 def probabilities(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """The distribution that is drawn from: tempered, filtered, zero outside the filters."""
-    scores = logits / sampling.temperature
+    scores = logits / jnp.asarray(sampling.temperature)
     if sampling.top_k is not None:
         scores = jnp.where(_largest(scores, jnp.ones_like(scores), sampling.top_k), scores, -jnp.inf)
     p = jax.nn.softmax(scores, axis=-1)

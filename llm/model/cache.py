@@ -36,7 +36,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str = "float
     return Cache(k, v, jnp.zeros((batch, slots), jnp.int32), jnp.int32(0))
 
 
-def write(rows: Float[Array, "N T K"], new: Float[Array, "B S G K"], start: jax.Array) -> jax.Array:
+def write(rows: Float[Array, "N T K"], new: Float[Array, "B S G K"], start: int | jax.Array) -> jax.Array:
     """The rows, N = B * G, with `new` in the slots from `start` on."""
     _, length, _, size = new.shape
     new = new.transpose(0, 2, 1, 3).reshape(rows.shape[0], length, size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         if kv is not None:
             kv = tuple(write(rows, new, view.q_offset) for rows, new in zip(kv, (k, v), strict=True))
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
-            masks = tuple(jnp.repeat(segments, groups, axis=0) for segments in masks)
+            masks = (jnp.repeat(masks[0], groups, axis=0), jnp.repeat(masks[1], groups, axis=0))
         weights = None
         if capture:
             weights = attention_weights(q, k, *masks, self.window, view.q_offset)
@@ -213,7 +213,7 @@ class Transformer(nnx.Module):
             return list(self.blocks)
         graph, stacked = nnx.split(self.blocks)
         pick = lambda i: jax.tree.map(lambda p: p[i], stacked)  # noqa: E731
-        return [nnx.merge(graph, pick(i)) for i in range(self.config.num_layers)]
+        return [cast(Block, nnx.merge(graph, pick(i))) for i in range(self.config.num_layers)]
 
     @property
     def head_kernel(self) -> Float[Array, "V D"]:
