@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 MAX_BLOCKS = 16
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def block_size(length: int) -> int:
@@ -44,19 +45,12 @@ def _spans(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(first, stop)
 
 
-def _scores(q, k, segments, rows: slice, cols: slice, window: int | None):
-    """Masked scores in float32 [B, G, R, rows, cols]; q already scaled, [B, G, R, S, K]; k [B, G, S, K].
-
-    `segments` are those of the queries and those of the keys.
-    """
-    scores = jnp.einsum(
-        "bgrik,bgjk->bgrij", q[:, :, :, rows], k[:, :, cols], preferred_element_type=jnp.float32
-    )
+def _mask(segments, rows: slice, cols: slice, window: int | None):
+    """[B, rows, cols]: which keys each query sees. `segments` are those of the queries and of the keys."""
     i = jnp.arange(rows.start, rows.stop)[:, None]
     j = jnp.arange(cols.start, cols.stop)[None, :]
     visible = (j <= i) if window is None else (j <= i) & (i - j < window)
-    mask = visible & (segments[0][:, rows, None] == segments[1][:, None, cols])
-    return jnp.where(mask[:, None, None], scores, -jnp.inf)
+    return visible & (segments[0][:, rows, None] == segments[1][:, None, cols])
 
 
 def _split_heads(x, groups: int):
@@ -77,16 +71,13 @@ def _forward(q, k, v, q_segments, kv_segments, window):
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     outs, sums = [], []
     for rows, cols in _spans(q.shape[1], window):
-        scores = _scores(scaled, keys, segments, rows, cols, window)
+        scores = _einsum("bgrik,bgjk->bgrij", scaled[:, :, :, rows], keys[:, :, cols])
+        mask = _mask(segments, rows, cols, window)[:, None, None]
+        scores = jnp.where(mask, scores, -jnp.inf)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum(
-            "bgrij,bgjk->bgrik",
-            weights.astype(v.dtype),
-            values[:, :, cols],
-            preferred_element_type=jnp.float32,
-        )
+        out = _einsum("bgrij,bgjk->bgrik", weights.astype(v.dtype), values[:, :, cols])
         outs.append((out / total).astype(q.dtype))
         sums.append(top + jnp.log(total))
     out = _join_heads(jnp.concatenate(outs, axis=3))
@@ -94,6 +85,9 @@ def _forward(q, k, v, q_segments, kv_segments, window):
 
 
 def _backward(window, residuals, g):
+    """Maps are formed transposed, keys before queries: all products but that of dq then read them as they
+    lie, and that one copies the keys instead, which are smaller.
+    """
     q, k, v, segments, out, log_sums = residuals
     groups, scale, dtype = k.shape[2], q.shape[-1] ** -0.5, q.dtype
     scaled = _split_heads(q * jnp.asarray(scale, dtype), groups)
@@ -101,19 +95,21 @@ def _backward(window, residuals, g):
     g_heads = _split_heads(g, groups)
     # d score = weight * (d weight - <d out, out>): the row sum of the softmax's derivative.
     inner = _split_heads((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), groups)
+    inner, log_sums = (x[:, :, None, :, :, 0] for x in (inner, log_sums))  # [B, G, 1, R, S]
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     for rows, cols in _spans(q.shape[1], window):
-        scores = _scores(scaled, keys, segments, rows, cols, window)
-        weights = jnp.exp(scores - log_sums[:, :, :, rows])
-        g_rows = g_heads[:, :, :, rows]
-        dv = dv.at[:, :, cols].add(einsum("bgrij,bgrik->bgjk", weights.astype(dtype), g_rows))
-        d_weights = einsum("bgrik,bgjk->bgrij", g_rows, values[:, :, cols])
-        d_scores = (weights * (d_weights - inner[:, :, :, rows])).astype(dtype)
-        dq.append(einsum("bgrij,bgjk->bgrik", d_scores, keys[:, :, cols]) * scale)
-        dk = dk.at[:, :, cols].add(einsum("bgrij,bgrik->bgjk", d_scores, scaled[:, :, :, rows]))
+        q_rows, g_rows = scaled[:, :, :, rows], g_heads[:, :, :, rows]
+        k_cols, v_cols = keys[:, :, cols], values[:, :, cols]
+        mask = _mask(segments, rows, cols, window).transpose(0, 2, 1)[:, None, :, None]
+        scores = jnp.where(mask, _einsum("bgjk,bgrik->bgjri", k_cols, q_rows), -jnp.inf)
+        weights = jnp.exp(scores - log_sums[..., rows])
+        d_weights = _einsum("bgjk,bgrik->bgjri", v_cols, g_rows)
+        d_scores = (weights * (d_weights - inner[..., rows])).astype(dtype)
+        dv = dv.at[:, :, cols].add(_einsum("bgjri,bgrik->bgjk", weights.astype(dtype), g_rows))
+        dk = dk.at[:, :, cols].add(_einsum("bgjri,bgrik->bgjk", d_scores, q_rows))
+        dq.append(_einsum("bgjk,bgjri->bgkri", k_cols, d_scores) * scale)
     return (
-        _join_heads(jnp.concatenate(dq, axis=3)).astype(q.dtype),
+        _join_heads(jnp.concatenate(dq, axis=4).transpose(0, 1, 3, 4, 2)).astype(q.dtype),
         dk.transpose(0, 2, 1, 3).astype(k.dtype),
         dv.transpose(0, 2, 1, 3).astype(v.dtype),
         None,

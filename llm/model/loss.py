@@ -69,10 +69,11 @@ def _forward(z_loss, chunk, hidden, kernel, targets, weights):
         d_logits = (softmax * scale - jnp.where(hit, weights[..., None], 0)).astype(hidden.dtype)
         d_logits = shard(d_logits, "act_batch", "act_seq", "act_vocab")
         d_hidden = product("bsv,vd->bsd", d_logits, kernel)
-        d_kernel += jnp.einsum("bsv,bsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        # [D, V] within the loop: the CPU copies a product's first operand, and `hidden` is the smaller one.
+        d_kernel += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
         return (_add(sums, nll, log_z, weights), d_kernel), d_hidden
 
-    start = (_zeros(), jnp.zeros(kernel.shape, jnp.float32))
+    start = (_zeros(), jnp.zeros(kernel.shape[::-1], jnp.float32))
     (sums, d_kernel), d_hidden = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, weights))
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
     return (sums.nll + z_loss * sums.z_loss, sums), (d_hidden, d_kernel.astype(kernel.dtype))
@@ -81,7 +82,7 @@ def _forward(z_loss, chunk, hidden, kernel, targets, weights):
 def _backward(z_loss, chunk, gradients, cotangents):
     d_hidden, d_kernel = gradients
     g = cotangents[0]
-    return (d_hidden * g).astype(d_hidden.dtype), d_kernel * g, None, None
+    return (d_hidden * g).astype(d_hidden.dtype), (d_kernel * g).T, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

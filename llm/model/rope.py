@@ -5,6 +5,7 @@ The rotated halves are the first and second half of the rotary dimensions, as in
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -52,9 +53,12 @@ def rotations(config: ModelConfig, positions: Int[Array, "B S"]) -> tuple[jax.Ar
     """cos and sin of each position's angles, float32 [B, S, rotary_dim / 2]."""
     frequency, factor = frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    # XLA's CPU backend would compute cos and sin again in every layer that reads them; a product it won't.
+    once = functools.partial(jnp.matmul, b=jnp.eye(len(frequency)), precision="highest")
+    return once(jnp.cos(angles) * factor), once(jnp.sin(angles) * factor)
 
 
+@jax.custom_vjp
 def rotate(
     x: Float[Array, "B S H K"], cos: Float[Array, "B S R"], sin: Float[Array, "B S R"]
 ) -> Float[Array, "B S H K"]:
@@ -63,3 +67,10 @@ def rotate(
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+# A rotation's derivative is the rotation back.
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda residuals, g: (rotate(g, residuals[0], -residuals[1]), None, None),
+)
