@@ -30,7 +30,6 @@ MODEL = ModelConfig(
     head_dim=10,
     mlp_dim=72,
     max_length=32,
-    bias="all",
 )
 MESHES = [
     {"data": 8},
