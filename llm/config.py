@@ -51,7 +51,7 @@ class EvalConfig:
     """Held-out loss and samples, each `every` steps and at the end."""
 
     every: int = 0  # 0: at the end only
-    batches: int | None = None  # of the held-out stream at each scheduled evaluation; None: all of it
+    batches: int | None = None  # at each scheduled evaluation, spread over the split; None, and at the end: all
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
 

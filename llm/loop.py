@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -147,9 +148,9 @@ def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict
     options, text = setup.experiment.eval, setup.text
     size = (setup.experiment.data.batch_size, setup.experiment.data.sequence_length)
     batches = heldout_batches(text.heldout, size[0], local_rows(setup.mesh, size))
-    last = step == setup.experiment.train.steps
-    if options.batches is not None and not last:
-        batches = (batch for batch, _ in zip(batches, range(options.batches), strict=False))
+    if options.batches is not None and step < setup.experiment.train.steps:
+        every = max(1, text.heldout.num_windows // size[0] // options.batches)
+        batches = itertools.islice(batches, 0, None, every)  # spread over all documents
     scores = evaluate(state.params, batches)
     if options.prompts:
         samples = sample_texts(
