@@ -73,11 +73,31 @@ def _contract_backward(equation, out_dtype, residuals, g):
     x_axes, y_axes = inputs.split(",")
     g = g.astype(x.dtype)
     dx = _einsum(f"{out},{y_axes}->{x_axes}", g, y, x.dtype)
-    dy = _einsum(f"{x_axes},{out}->{y_axes}", x, g, y.dtype)
-    return dx, dy
+    if x.size <= g.size or jax.default_backend() != "cpu":
+        return dx, _einsum(f"{x_axes},{out}->{y_axes}", x, g, y.dtype)
+    # The CPU copies a product's first operand into another layout: let that be the smaller one. Without the
+    # barrier XLA folds the transposition of the result into the product and swaps the operands back.
+    y_out = "".join(dict.fromkeys(axis for axis in out + x_axes if axis in y_axes))
+    dy = jax.lax.optimization_barrier(_einsum(f"{out},{x_axes}->{y_out}", g, x, y.dtype))
+    return dx, jnp.einsum(f"{y_out}->{y_axes}", dy)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps only its arguments for the backward pass."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(residuals, g):
+    gate, up = residuals
+    sigmoid = jax.nn.sigmoid(gate)
+    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 class Linear(nnx.Module):

@@ -5,7 +5,6 @@ The rotated halves are the first and second half of the rotary dimensions, as in
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -53,9 +52,10 @@ def rotations(config: ModelConfig, positions: Int[Array, "B S"]) -> tuple[jax.Ar
     """cos and sin of each position's angles, float32 [B, S, rotary_dim / 2]."""
     frequency, factor = frequencies(config)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
-    # XLA's CPU backend would compute cos and sin again in every layer that reads them; a product it won't.
-    once = functools.partial(jnp.matmul, b=jnp.eye(len(frequency)), precision="highest")
-    return once(jnp.cos(angles) * factor), once(jnp.sin(angles) * factor)
+    # In a loop, out of which XLA's CPU backend can't fuse them into every layer, there to compute them again.
+    waves = lambda sine: factor * jnp.where(sine, jnp.sin(angles), jnp.cos(angles))  # noqa: E731
+    cos, sin = jax.lax.map(waves, jnp.array([False, True]))
+    return cos, sin
 
 
 @jax.custom_vjp

@@ -21,7 +21,7 @@ from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
 from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
-from llm.model.layers import Linear, Norm, product
+from llm.model.layers import Linear, Norm, product, swiglu
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -119,7 +119,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         up = self.up(x)
-        y = jax.nn.gelu(up, approximate=False) if self.gate is None else jax.nn.silu(self.gate(x)) * up
+        y = jax.nn.gelu(up, approximate=False) if self.gate is None else swiglu(self.gate(x), up)
         return self.down(shard(y, "act_batch", "act_seq", "act_mlp"))
 
 
