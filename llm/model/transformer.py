@@ -146,11 +146,12 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
         table = ((config.vocab_size, config.embed_dim), ("vocab", "embed"))
-        init = jax.nn.initializers.normal(0.02)
-        self.embedding = param(rngs, init, *table, decay=True)
+        small, unit = jax.nn.initializers.normal(0.02), jax.nn.initializers.normal(1.0)
+        # What the blocks add starts near unit size: a smaller embedding is drowned by it, and learns late.
+        self.embedding = param(rngs, small if config.tied_head else unit, *table, decay=True)
         self.blocks = stack(lambda rngs: Block(config, compute, rngs), config.num_layers, rngs)
         self.norm = Norm(config.norm, config.embed_dim, config.norm_epsilon, rngs)
-        self.head = None if config.tied_head else param(rngs, init, *table, decay=True)
+        self.head = None if config.tied_head else param(rngs, small, *table, decay=True)
 
     def __call__(
         self,
