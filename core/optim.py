@@ -40,7 +40,9 @@ def learning_rate(options: OptimizerConfig, steps: int) -> optax.Schedule:
         body = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=last)
     elif options.schedule == "wsd":
         decay = max(1, round(options.decay_fraction * steps))
-        body = optax.linear_schedule(peak, last * peak, decay, transition_begin=max(0, steps - decay - warmup))
+        body = optax.linear_schedule(
+            peak, last * peak, decay, transition_begin=max(0, steps - decay - warmup)
+        )
     else:
         body = optax.constant_schedule(peak)
     if not warmup:

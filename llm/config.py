@@ -51,7 +51,7 @@ class EvalConfig:
     """Held-out loss and samples, each `every` steps and at the end."""
 
     every: int = 0  # 0: at the end only
-    batches: int | None = None  # at each scheduled evaluation, spread over the split; None, and at the end: all
+    batches: int | None = None  # of a scheduled evaluation, spread over the split; None, as at the end: all
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
 
@@ -88,7 +88,8 @@ class Experiment:
             )
         if batch % self.train.accumulation:
             raise ValueError(
-                f"data.batch_size ({batch}) is not a multiple of train.accumulation ({self.train.accumulation})"
+                f"data.batch_size ({batch}) is not a multiple of "
+                f"train.accumulation ({self.train.accumulation})"
             )
         vocab = self.tokenizer.vocab_size
         if vocab is not None and vocab > self.model.vocab_size:

@@ -22,7 +22,7 @@ from llm.config import Experiment
 from llm.model.config import ModelConfig
 from llm.tokenizer.tokenizer import Tokenizer
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("llm.generate")  # also where this is the main module
 
 
 def main(argv: list[str]) -> None:

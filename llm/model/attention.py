@@ -73,5 +73,6 @@ def weighted_values(
     weights: Float[Array, "B G R S T"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B S H K"]:
     """Sum of values under an attention map, H = G * R."""
-    out = contract("bgrst,btgk->bsgrk", weights.astype(v.dtype), v)
+    # The product in its own order, then transposed: asked for the other, XLA transposes all of v instead.
+    out = contract("bgrst,btgk->bgrsk", weights.astype(v.dtype), v).transpose(0, 3, 1, 2, 4)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
