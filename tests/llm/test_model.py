@@ -239,7 +239,7 @@ def test_initial_values():
     blocks = values["blocks"]
     residual = 1 / math.sqrt(2 * 4)
     for kernel, expected in [
-        (values["embedding"], 0.02),
+        (values["embedding"], 1.0),  # 0.02 where it is the head too
         (values["head"], 0.02),
         (blocks["attention"]["query"]["kernel"], truncated / math.sqrt(96)),
         (blocks["attention"]["out"]["kernel"], truncated / math.sqrt(128) * residual),
