@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +78,8 @@ def measure(
             for variant in ["ours", *(v for v in args.variants if v != "ours")]:
                 report(f"{dtype}: starting {variant}")
                 workers[variant] = Worker(spec | {"variant": variant})
-            roofline, slow = products_alone(shape, workers, report) if args.roofline else (None, set())
-            for variant in [v for v in workers if VARIANTS[v] in slow]:
+            alone = [products_alone(shape, workers, report)] if args.roofline else []
+            for variant in [v for v in workers if alone and VARIANTS[v] in too_slow(alone[0])]:
                 workers.pop(variant).close()
             losses = {name: worker.ask(steps=3)["losses"] for name, worker in workers.items()}
             rounds: dict[str, list[dict]] = {name: [] for name in workers}
@@ -88,28 +87,43 @@ def measure(
                 for name, worker in workers.items():
                     report(f"{dtype}: round {index + 1} of {args.rounds}, {name}")
                     rounds[name].append(worker.ask(steps=args.steps))
+                if args.roofline:
+                    alone.append(products_alone(shape, workers, report))
         finally:
             for worker in workers.values():
                 worker.close()
+    roofline = least(shape, alone) if alone else None
     return summarize(shape, losses, rounds, roofline) | {"dtype": dtype}
 
 
-def products_alone(shape: Shape, workers: dict[str, Worker], report) -> tuple[dict[str, float], set[str]]:
-    """Seconds of the step's products in each framework and at best; frameworks too slow to run steps."""
+Size = tuple[int, int, int, int]
+
+
+def products_alone(shape: Shape, workers: dict[str, Worker], report) -> dict[str, dict[Size, float]]:
+    """Seconds of each of the step's matrix products, by framework."""
     judges = {framework: name for name, framework in VARIANTS.items() if name in workers}
-    sums, slow = dict.fromkeys([*judges, "best"], 0.0), set()
-    counts: Counter[tuple[int, int, int, int]] = Counter()
-    for batch, m, k, n, count in shape.products():
-        counts[batch, m, k, n] += count  # type: ignore[assignment]  # halves too
-    for size, count in counts.items():
+    times: dict[str, dict[Size, float]] = {framework: {} for framework in judges}
+    for size in dict.fromkeys((batch, m, k, n) for batch, m, k, n, _ in shape.products()):
         report(f"products alone: {size}")
-        times = {f: workers[name].ask(product=size) for f, name in judges.items() if f not in slow}
-        for framework, seconds in times.items():
-            sums[framework] += seconds * count
-            if seconds > 5:  # no kernel for this dtype here: a plain loop, a step would take minutes
-                slow.add(framework)
-        sums["best"] += min(times.values()) * count
-    return {f: seconds for f, seconds in sums.items() if f not in slow}, slow
+        for framework in set(judges) - too_slow(times):
+            times[framework][size] = workers[judges[framework]].ask(product=size)
+    return times
+
+
+def too_slow(times: dict[str, dict[Size, float]]) -> set[str]:
+    """Frameworks without a kernel for the dtype on this machine: a plain loop, a step would take minutes."""
+    return {framework for framework, seconds in times.items() if max(seconds.values(), default=0) > 5}
+
+
+def least(shape: Shape, alone: list[dict[str, dict[Size, float]]]) -> dict[str, float]:
+    """Seconds of all products of a step at their fastest, by framework and taking the better one of each."""
+    frameworks = set(alone[0]) - too_slow(alone[0])
+
+    def total(among: set[str]) -> float:
+        fastest = lambda size: min(times[f][size] for times in alone for f in among if f in times)  # noqa: E731
+        return sum(count * fastest((batch, m, k, n)) for batch, m, k, n, count in shape.products())
+
+    return {f: total({f}) for f in sorted(frameworks)} | {"best": total(frameworks)}
 
 
 def summarize(shape: Shape, losses, rounds, roofline) -> dict[str, Any]:
@@ -187,7 +201,7 @@ def main() -> None:
     dtypes = args.dtype or (["float32", "bfloat16"] if args.device == "cpu" else ["bfloat16"])
     with console.status("starting") as status:
         results = [measure(shape, dtype, args, status.update) for dtype in dtypes]
-    print_table(Console(), shape, results)
+    print_table(Console(width=None if sys.stdout.isatty() else 120), shape, results)
     if args.json:
         figures = {"shape": dataclasses.asdict(shape), "device": args.device, "results": results}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

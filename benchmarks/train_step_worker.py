@@ -213,7 +213,7 @@ def torch_worker(spec: dict[str, Any], shape: Shape):
     return step, time_product
 
 
-def fastest(call: Callable[[], Any], budget: float = 0.3, most: int = 50) -> float:
+def fastest(call: Callable[[], Any], budget: float = 0.15, most: int = 50) -> float:
     """Seconds of the fastest of several calls, the first not counted; one call if that alone is slow."""
     start = time.perf_counter()
     call()
