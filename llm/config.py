@@ -40,7 +40,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     accumulation: int = Field(1, ge=1)  # microbatches a step
     z_loss: float = Field(0.0, ge=0)
-    loss_chunk: int = Field(512, ge=1)  # tokens whose logits exist at one time, per sequence shard
+    loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "reference", "blockwise"] = "auto"
@@ -51,7 +51,8 @@ class EvalConfig:
     """Held-out loss and samples, each `every` steps and at the end."""
 
     every: int = 0  # 0: at the end only
-    batches: int | None = None  # of a scheduled evaluation, spread over the split; None, as at the end: all
+    # At most so many microbatches in a scheduled evaluation, spread over the split; None: as at the end.
+    batches: int | None = Field(None, ge=1)
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 128
 

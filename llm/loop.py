@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
 from core.signals import Stop
 from llm.config import Experiment
-from llm.data.loader import Batch, heldout_batches, train_batch
+from llm.data.loader import Batch, train_batch
 from llm.data.prefetch import prefetch
-from llm.eval.heldout import Evaluate, make_evaluate
+from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
 from llm.generate import sample_texts
 from llm.meter import Meter
 from llm.model.attention import choose_backend
@@ -69,7 +68,7 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
     if done < experiment.train.steps:
         _log.info("%s: saved step %d in %s; go on with --resume", stop.signal, done, run.path)
     else:
-        finish(run, text, experiment.model.vocab_size, setup.model.count)
+        finish(run, experiment, text, setup.model.count)
 
 
 def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
@@ -146,12 +145,10 @@ def _batches(setup: Setup, start: int) -> Iterator[Batch]:
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:
     options, text = setup.experiment.eval, setup.text
-    size = (setup.experiment.data.batch_size, setup.experiment.data.sequence_length)
-    batches = heldout_batches(text.heldout, size[0], local_rows(setup.mesh, size))
-    if options.batches is not None and step < setup.experiment.train.steps:
-        every = max(1, text.heldout.num_windows // size[0] // options.batches)
-        batches = itertools.islice(batches, 0, None, every)  # spread over all documents
-    scores = evaluate(state.params, batches)
+    final = step == setup.experiment.train.steps
+    scores = evaluate(
+        state.params, evaluation_batches(setup.experiment, text.heldout, setup.mesh, final=final)
+    )
     if options.prompts:
         samples = sample_texts(
             setup.experiment.model, state.params, text.tokenizer, options.prompts, options.sample_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 import numpy as np
@@ -14,10 +14,13 @@ from core.files import write_atomically
 from core.metrics import read_metrics
 from core.plots import plot_loss
 from core.run import RunFolder
-from llm.data.corpus import heldout_bytes
-from llm.data.loader import TokenDataset
+from llm.config import Experiment
+from llm.data.loader import Batch, TokenDataset, spread
 from llm.eval.baselines import baselines
-from llm.prepare import Text
+from llm.eval.heldout import evaluation_batches
+from llm.prepare import Text, token_bytes
+
+_UNIGRAM_SHARDS = 16  # of the training split, spread evenly, that the unigram model is fitted on
 
 _LABELS = {
     "gzip_bits_per_byte": "gzip -9",
@@ -36,13 +39,12 @@ def append_samples(run: RunFolder, step: int, prompts: Sequence[str], texts: Seq
     write_atomically(run.samples, "".join([*kept, f"## step {step}\n\n", *blocks, "\n"]))
 
 
-def finish(run: RunFolder, text: Text, vocab_size: int, parameters: int) -> dict[str, float | int | str]:
+def finish(
+    run: RunFolder, experiment: Experiment, text: Text, parameters: int
+) -> dict[str, float | int | str]:
     """Write `summary.json` and the plot, and print the table and the last samples."""
     metrics = read_metrics(run.metrics)
     last = metrics[-1]
-    costs = baselines(
-        heldout_bytes(text.corpus), _counts(text.train, vocab_size), _counts(text.heldout, vocab_size)
-    )
     summary = {
         "heldout_bits_per_byte": last["heldout_bits_per_byte"],
         "heldout_loss": last["heldout_loss"],
@@ -51,24 +53,45 @@ def finish(run: RunFolder, text: Text, vocab_size: int, parameters: int) -> dict
         "tokens": last["tokens"],
         "parameters": parameters,
         "corpus_fingerprint": text.corpus.fingerprint,
-        **costs,
     }
-    run.write_summary(summary)
+    run.write_summary(summary)  # already now: the baselines take a while
     plot_loss(metrics, run.plots / "loss.png")
-    _print(run, summary, len(heldout_bytes(text.corpus)))
+    vocab_size = experiment.model.vocab_size
+    batches = evaluation_batches(experiment, text.heldout, None, final=True)
+    heldout, heldout_counts = _read(text, batches, vocab_size)
+    summary |= baselines(heldout, _train_counts(text.train, vocab_size), heldout_counts)
+    run.write_summary(summary)
+    _print(run, summary, len(heldout), text.heldout.num_bytes)
     return summary
 
 
-def _counts(dataset: TokenDataset, vocab_size: int) -> np.ndarray:
+def _read(text: Text, batches: Iterable[Batch], vocab_size: int) -> tuple[bytes, np.ndarray]:
+    """The bytes of the tokens that batches predict, and how often each token is among them."""
+    lengths = token_bytes(text.tokenizer, vocab_size)
+    table = [text.tokenizer.token_bytes(i) if length else b"" for i, length in enumerate(lengths)]
+    counts = np.zeros(vocab_size, np.int64)
+    pieces: list[bytes] = []
+    for batch in batches:
+        tokens = batch.targets[batch.weights > 0]
+        counts += np.bincount(tokens, minlength=vocab_size)
+        pieces += [table[token] for token in tokens.tolist()]
+    return b"".join(pieces), counts
+
+
+def _train_counts(dataset: TokenDataset, vocab_size: int) -> np.ndarray:
+    """How often each token is predicted: all but the first of each document."""
     total = np.zeros(vocab_size, np.int64)
-    for number in range(len(dataset.first_token) - 1):
-        total += np.bincount(dataset.open_shard(number).tokens, minlength=vocab_size)
+    for number in spread(len(dataset.first_token) - 1, _UNIGRAM_SHARDS):
+        shard = dataset.open_shard(number)
+        total += np.bincount(shard.tokens, minlength=vocab_size)
+        total -= np.bincount(shard.tokens[shard.starts[:-1]], minlength=vocab_size)
     return total
 
 
-def _print(run: RunFolder, summary: dict, size: int) -> None:
+def _print(run: RunFolder, summary: dict, size: int, all_bytes: int) -> None:
     console = Console(highlight=False)
-    table = Table(title=f"{size:,} held-out bytes", title_justify="left")
+    of_all = "" if size >= all_bytes else f" of {all_bytes:,}, spread evenly"
+    table = Table(title=f"{size:,} held-out bytes{of_all}", title_justify="left")
     table.add_column("coded by")
     table.add_column("bits per byte", justify="right")
     for key in sorted(_LABELS, key=lambda key: -summary[key]):

@@ -128,11 +128,6 @@ def open_corpus(
     return Corpus((*sources, *(heldout or ())), kept, threshold, len(files) + len(held) - len(kept))
 
 
-def heldout_bytes(corpus: Corpus) -> bytes:
-    """The held-out documents as UTF-8, concatenated: what a compressor is measured on."""
-    return b"".join(document.text.encode() for document in corpus.documents("heldout"))
-
-
 def name_hash(name: str) -> int:
     """A number below 2**64, evenly spread over names, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(_encode_name(name), digest_size=8).digest(), "little")

@@ -113,10 +113,21 @@ def train_batch(
     return _assemble(dataset, permute(within, dataset.num_windows, seed, epoch))
 
 
-def heldout_batches(dataset: TokenDataset, batch_size: int, rows: slice = slice(None)) -> Iterator[Batch]:
-    """All windows once, in order; rows that are left over in the last batch are padding."""
-    for first in range(0, dataset.num_windows, batch_size):
-        yield _assemble(dataset, first + np.arange(batch_size)[rows])
+def heldout_batches(
+    dataset: TokenDataset, batch_size: int, rows: slice = slice(None), limit: int | None = None
+) -> Iterator[Batch]:
+    """All windows once, in order; rows that are left over in the last batch are padding.
+
+    Of more than `limit` batches, that many, spread evenly.
+    """
+    for number in spread(-(-dataset.num_windows // batch_size), limit):
+        yield _assemble(dataset, number * batch_size + np.arange(batch_size)[rows])
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """0 to `count` - 1, or `limit` of these numbers at even distances."""
+    kept = count if limit is None else min(count, limit)
+    return [i * count // kept for i in range(kept)]
 
 
 def _assemble(dataset: TokenDataset, windows: NDArray[np.int64]) -> Batch:

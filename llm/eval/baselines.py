@@ -14,8 +14,8 @@ def baselines(heldout: bytes, train_counts: np.ndarray, heldout_counts: np.ndarr
 
     Args:
         heldout: the held-out documents, concatenated; the compressors see them as one file.
-        train_counts: [V] how often each token stands in the training split.
-        heldout_counts: [V] the same of the held-out split.
+        train_counts: [V] how often each token is predicted in the training split.
+        heldout_counts: [V] the same of `heldout`.
 
     The unigram model is fitted on the training split, one added to each count (Laplace's rule).
     """

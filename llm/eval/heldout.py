@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,29 @@ from jax.sharding import Mesh
 
 from core.mesh import shardings
 from core.module import Blueprint, Params
-from llm.data.loader import Batch
+from llm.config import Experiment
+from llm.data.loader import Batch, TokenDataset, heldout_batches
 from llm.model.loss import cross_entropy
-from llm.step import BATCH_AXES, put_batch
+from llm.step import BATCH_AXES, local_rows, put_batch
 
+FINAL_TOKENS = 4 << 20  # of the last evaluation, which xz is compared on: a few seconds of its time
 Evaluate = Callable[[Params, Iterable[Batch]], dict[str, float]]
+
+
+def evaluation_batches(
+    experiment: Experiment, dataset: TokenDataset, mesh: Mesh | None, *, final: bool
+) -> Iterator[Batch]:
+    """What a scheduled or the final evaluation sees, as batches that fit wherever a microbatch does.
+
+    That is at most `eval.batches` of them, or at the end `FINAL_TOKENS`, spread evenly over the split. With a
+    mesh, this process's rows of each.
+    """
+    data = experiment.data
+    shape = (data.batch_size // experiment.train.accumulation, data.sequence_length)
+    limit = experiment.eval.batches
+    if final or limit is None:
+        limit = max(1, FINAL_TOKENS // math.prod(shape))
+    return heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
 
 
 def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mesh: Mesh) -> Evaluate:

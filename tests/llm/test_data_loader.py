@@ -132,6 +132,16 @@ def test_only_the_first_token_of_a_document_is_not_predicted(dataset):
     assert weight == dataset.num_tokens - dataset.num_documents
 
 
+def test_a_limit_spreads_batches_over_all_windows(dataset):
+    every = list(heldout_batches(dataset, 2))
+    for limit in range(1, len(every) + 2):
+        kept = list(heldout_batches(dataset, 2, limit=limit))
+        places = [i for i, batch in enumerate(every) if any(same(batch, other) for other in kept)]
+        assert len(kept) == len(places) == min(limit, len(every))
+        gaps = np.diff([*places, len(every)])
+        assert places[0] == 0 and gaps.max() - gaps.min() <= 1
+
+
 def test_the_order_differs_by_epoch_and_seed(dataset):
     def order(seed: int, epoch: int) -> tuple[int, ...]:
         steps = range(epoch * dataset.num_windows, (epoch + 1) * dataset.num_windows)

@@ -15,14 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import llm.eval.heldout
 import llm.loop
+import llm.report
 from core.checkpoint import Checkpointer
 from core.config import parse
 from core.errors import UserError
 from core.metrics import read_metrics
 from core.run import RunFolder
 from llm.config import Experiment
+from llm.data.corpus import open_corpus
 from llm.loop import train
+from llm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds", "mfu")
@@ -109,17 +113,43 @@ def test_what_a_run_leaves(undisturbed):
     assert meta["format"] == 1 and meta["data"] == {"next_step": 12, "skipped": []}
 
 
-def test_heldout_bits_per_byte_is_over_all_bytes(undisturbed, corpus):
-    """Nats of all held-out tokens over the bytes of all held-out documents, counted here by hand."""
-    from llm.data.corpus import heldout_bytes, open_corpus
-    from llm.tokenizer import Tokenizer
+@pytest.mark.parametrize("most", [None, 600])
+def test_model_and_baselines_are_measured_on_the_same_tokens(most, corpus, tmp_path, monkeypatch):
+    """All held-out documents, or of a large split a part; the model's figures are written before."""
+    seen = {}
+    baselines = llm.report.baselines
 
-    texts = open_corpus([f"{corpus}/*.py"])
-    tokenizer = Tokenizer.load(undisturbed / "tokenizer")
-    tokens = sum(len(tokenizer.encode(d.text)) + 1 for d in texts.documents("heldout"))  # + EOS
-    summary = json.loads((undisturbed / "summary.json").read_text())
-    expected = summary["heldout_loss"] * tokens / np.log(2) / len(heldout_bytes(texts))
-    assert summary["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    def watch(heldout, train_counts, counts):
+        seen.update(json.loads((tmp_path / "run/summary.json").read_text()), bytes=heldout, counts=counts)
+        return baselines(heldout, train_counts, counts)
+
+    monkeypatch.setattr(llm.report, "baselines", watch)
+    if most:
+        monkeypatch.setattr(llm.eval.heldout, "FINAL_TOKENS", most)
+    train(experiment(corpus, tmp_path, train={"steps": 1}))
+    assert "unigram_bits_per_byte" in json.loads((tmp_path / "run/summary.json").read_text())
+    nats = seen["heldout_loss"] * seen["counts"].sum()
+    assert seen["heldout_bits_per_byte"] == pytest.approx(nats / np.log(2) / len(seen["bytes"]), rel=1e-6)
+
+    documents = [d.text for d in open_corpus([f"{corpus}/*.py"]).documents("heldout")]
+    tokenizer = Tokenizer.load(tmp_path / "run/tokenizer")
+    if most:
+        assert 600 - 8 * 16 < seen["counts"].sum() <= 600
+    else:
+        assert seen["bytes"] == "".join(documents).encode()
+        assert seen["counts"].sum() == sum(len(tokenizer.encode(text)) + 1 for text in documents)  # + EOS
+    assert seen["counts"][tokenizer.bos_id] == 0, "it is given, not predicted"
+
+
+def test_evaluation_takes_no_more_at_a_time_than_a_microbatch(corpus, tmp_path, monkeypatch):
+    rows = []
+    put = llm.eval.heldout.put_batch
+    monkeypatch.setattr(
+        llm.eval.heldout, "put_batch", lambda batch, mesh: rows.append(len(batch.tokens)) or put(batch, mesh)
+    )
+    data, options = {"batch_size": 32}, {"steps": 2, "accumulation": 4}
+    train(experiment(corpus, tmp_path, data=data, train=options, eval={"every": 1, "batches": 2}))
+    assert set(rows) == {8} and len(rows) > 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
