@@ -11,15 +11,28 @@ import importlib.util
 import os
 from pathlib import Path
 
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "a100": {"bfloat16": 312e12, "float32": 156e12},  # float32: TF32 on the tensor cores
-    "h100": {"bfloat16": 989e12, "float32": 494e12},
-    "h200": {"bfloat16": 989e12, "float32": 494e12},
-    "b200": {"bfloat16": 2250e12, "float32": 1125e12},
-    "tpu v4": {"bfloat16": 275e12},
-    "tpu v5p": {"bfloat16": 459e12},
-    "tpu v5 lite": {"bfloat16": 197e12},
-    "tpu v6 lite": {"bfloat16": 918e12},
+_A100 = {"bfloat16": 312e12, "float32": 156e12}  # float32: TF32 on the tensor cores
+_H100 = {"bfloat16": 989e12, "float32": 494e12}
+_H100_NVL = {"bfloat16": 835e12, "float32": 417e12}
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {  # by JAX's `device_kind`, whole: A1000 is no A100
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
+    "NVIDIA H100 NVL": _H100_NVL,
+    "NVIDIA H200": _H100,
+    "NVIDIA H200 NVL": _H100_NVL,
+    "NVIDIA B200": {"bfloat16": 2250e12, "float32": 1125e12},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v5": {"bfloat16": 459e12},  # v5p
+    "TPU v5p": {"bfloat16": 459e12},
+    "TPU v5 lite": {"bfloat16": 197e12},  # v5e
+    "TPU v5e": {"bfloat16": 197e12},
+    "TPU v6 lite": {"bfloat16": 918e12},  # v6e
+    "TPU v6e": {"bfloat16": 918e12},
 }
 
 # Each flag was measured: see docs/log.md.
@@ -30,11 +43,7 @@ CPU_FLAGS = (
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Dense peak in FLOP/s of one device, or None where it is not known."""
-    kind = device_kind.lower()
-    for name, peaks in PEAK_FLOPS.items():
-        if name in kind:
-            return peaks.get(dtype)
-    return None
+    return PEAK_FLOPS.get(device_kind, {}).get(dtype)
 
 
 def prepare() -> None:
