@@ -9,8 +9,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 EXTRA_cuda := [cuda]
 
+ifneq ($(words $(filter cpu cuda,$(ACCEL))),1)
+$(error ACCEL is '$(ACCEL)': it must be cpu or cuda)
+endif
+
 .PHONY: quickstart test test-slow check format clean
 
+# Its batch is for one GPU.
+quickstart: export CUDA_VISIBLE_DEVICES ?= 0
 quickstart: $(VENV)/.$(ACCEL)
 	$(RUN) -m llm.train --config configs/llm/quickstart.yaml --resume
 	$(RUN) -m llm.generate --run runs/quickstart --prompt "def read_file(path):" --max-new-tokens 120 --temperature 0.6
