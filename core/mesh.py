@@ -44,7 +44,7 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     """The device mesh, every axis of `AXES` present.
 
     Raises:
-        UserError: if the axes' product is not the number of devices.
+        UserError: if the axes' product is not the number of devices, or nothing divides along an axis.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(options, axis) for axis in AXES}
@@ -58,6 +58,13 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             f"the mesh {asked or 'of one device'} does not match the {len(devices)} {devices[0].platform} "
             "device(s) here: the product of its axes must be the number of devices (-1 takes the rest)"
         )
+    divided = {name for axis in RULES for name in _mesh_axes(axis)}
+    for axis in AXES:
+        if sizes[axis] > 1 and axis not in divided:
+            raise UserError(
+                f"mesh.{axis} is {sizes[axis]}, but nothing is divided along it yet: "
+                "its devices would all compute the same; leave it at 1"
+            )
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -69,10 +76,16 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
         ValueError: if two dimensions fall on one mesh axis.
     """
     entries = [RULES[axis] if axis is not None else None for axis in axes]
-    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    used = [name for axis in axes if axis is not None for name in _mesh_axes(axis)]
     if len(used) != len(set(used)):
         raise ValueError(f"the logical axes {tuple(axes)} collide on one mesh axis: {entries}")
     return PartitionSpec(*entries)
+
+
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is divided over."""
+    entry = RULES[axis] or ()
+    return (entry,) if isinstance(entry, str) else entry
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:
@@ -96,8 +109,7 @@ def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
         UserError: naming the key, its size and the mesh axes.
     """
     for key, (axis, size) in sizes.items():
-        entry = RULES[axis] or ()
-        names = (entry,) if isinstance(entry, str) else entry
+        names = _mesh_axes(axis)
         parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
             where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)

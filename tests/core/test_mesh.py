@@ -76,9 +76,11 @@ def test_mesh_sizes():
         ({"data": 2, "fsdp": 2}, r"mesh\.data=2, mesh\.fsdp=2 does not match"),
         ({"tensor": 3}, r"mesh\.tensor=3 does not match"),
         ({"data": 1}, r"the mesh of one device does not match"),
+        ({"expert": 2}, r"mesh\.expert is 2, but nothing is divided along it"),
+        ({"data": 1, "expert": -1}, r"mesh\.expert is 8, but nothing is divided along it"),
     ],
 )
-def test_a_mesh_that_does_not_match_is_named(sizes, message):
+def test_a_mesh_that_can_not_be_is_named(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(MeshConfig(**sizes))
 
