@@ -200,6 +200,20 @@ def test_a_failed_atomic_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_two_atomic_writes_at_one_time_are_both_whole(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "file", os.fsync
+
+    def overtake(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        files.write_atomically(path, "second")
+        assert path.read_text() == "second"
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", overtake)
+    files.write_atomically(path, "first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_the_flag_and_names_itself(number):
     before = signal.getsignal(number)
