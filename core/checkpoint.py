@@ -100,7 +100,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with contextlib.suppress(OSError):  # what it failed to write, `save` or `wait` has told of
+                self._orbax.close()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending; they may still turn out to be damaged."""

@@ -12,10 +12,11 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing and says what to do about it."""
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], again: str = "run the same command again") -> None:
     """Run a command line with `sys.argv[1:]` and exit: 0 done, 2 the user's mistake, 130 interrupted.
 
-    A full disk is the one operating-system error that no check can foresee, so it is named here.
+    A full disk is the one operating-system error that no check can foresee, so it is named here; `again` is
+    what to do when there is space.
     """
     try:
         main(sys.argv[1:])
@@ -29,7 +30,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(_fail(f"the disk is full{where}: free some space and run the same command again"))
+        sys.exit(_fail(f"the disk is full{where}: free some space and {again}"))
     except KeyboardInterrupt:
         sys.exit(130)
 
