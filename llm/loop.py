@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ from llm.prepare import Text, prepare, token_bytes
 from llm.report import append_samples, finish
 from llm.start import first_state
 from llm.step import State, jit_train_step, local_rows, put_batch
+from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +56,10 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
     _check_mesh(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
-    shutil.copytree(text.tokenizer.folder, run.tokenizer, dirs_exist_ok=True)
     setup = Setup(experiment, run, mesh, *_model(experiment), text)
     with jax.set_mesh(mesh), Checkpointer(run.checkpoints, experiment.checkpoint.keep) as checkpointer:
-        state = first_state(
-            experiment, setup.model, setup.optimizer, mesh, checkpointer, text.corpus.fingerprint
-        )
+        state = first_state(experiment, setup.model, setup.optimizer, mesh, checkpointer, text)
+        copy(text.tokenizer.folder, run.tokenizer)
         with Stop() as stop:
             state = _run_steps(setup, state, checkpointer, stop, profile)
     done = int(state.step)
@@ -161,7 +159,7 @@ def _save(setup: Setup, state: State, step: int, checkpointer: Checkpointer) -> 
     meta = {
         "config": to_dict(setup.experiment),
         "data": {"next_step": step, "skipped": []},
-        "corpus_fingerprint": setup.text.corpus.fingerprint,
+        **setup.text.identity,
     }
     checkpointer.save(step, state.params, state.opt_state, meta)
 

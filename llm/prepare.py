@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from core.errors import UserError
 from llm.config import Experiment
 from llm.data.corpus import Corpus, open_corpus
 from llm.data.loader import TokenDataset, open_dataset
-from llm.data.shards import build_shards
+from llm.data.shards import build_shards, shards_key
 from llm.tokenizer import Tokenizer, save, train_bpe
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,14 @@ class Text(NamedTuple):
     tokenizer: Tokenizer
     train: TokenDataset
     heldout: TokenDataset
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint keeps to know its text again: the documents, and their ids."""
+        return {
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "tokens_fingerprint": shards_key(self.corpus, self.tokenizer),
+        }
 
 
 def prepare(experiment: Experiment) -> Text:
@@ -67,10 +76,15 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     if not folder.is_dir():
         texts = (document.text for document in corpus.documents("train"))
         bpe = train_bpe(texts, vocab_size, options.pattern, size=corpus.num_bytes)
-        unfinished = folder.with_suffix(".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save(bpe, unfinished)
-        unfinished.rename(folder)
+        unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
+        try:
+            save(bpe, unfinished)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process trained the same at the same time, and was first
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return Tokenizer.load(folder)
 
 

@@ -18,6 +18,7 @@ from core.optim import Optimizer
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.model.transformer import blueprint
+from llm.prepare import Text
 from llm.step import State, init_state, state_shardings
 
 _log = logging.getLogger(__name__)
@@ -29,19 +30,25 @@ def first_state(
     optimizer: Optimizer,
     mesh: Mesh,
     checkpointer: Checkpointer,
-    fingerprint: str,
+    text: Text,
 ) -> State:
     """The newest intact checkpoint's state; without one, `init.from`'s weights or fresh ones at step 0.
 
     Raises:
-        UserError: if the checkpoint was trained on a corpus of another `fingerprint`.
+        UserError: if the checkpoint was trained on another corpus than `text`, or with another tokenizer.
     """
     step = checkpointer.newest_intact()
     if step is not None:
-        if checkpointer.read_meta(step)["corpus_fingerprint"] != fingerprint:
+        meta = checkpointer.read_meta(step)
+        if meta["corpus_fingerprint"] != text.identity["corpus_fingerprint"]:
             raise UserError(
                 f"the corpus has changed since checkpoint {step} in {checkpointer.folder} was written: "
                 "restore it, or start another run (run.name) that begins from this one (init.from)"
+            )
+        if meta["tokens_fingerprint"] != text.identity["tokens_fingerprint"]:
+            raise UserError(
+                f"the tokenizer in {text.tokenizer.folder} is not the one that checkpoint {step} in "
+                f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
             )
         _log.info("resuming from step %d", step)
         return _restore(model, optimizer, mesh, checkpointer, step)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from core.errors import UserError
+from core.files import write_atomically
 from llm.tokenizer.bpe import BEGIN, BPE, BYTE_TO_CHAR, END, PAD
 from llm.tokenizer.patterns import PATTERNS
 
@@ -35,8 +35,18 @@ def save(bpe: BPE, folder: str | Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),  # how Hugging Face writes that the tokenizer knows no limit
     }
-    _write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    _write(folder / TOKENIZER, json.dumps(to_json(bpe), ensure_ascii=False, indent=1) + "\n")
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / TOKENIZER, json.dumps(to_json(bpe), ensure_ascii=False, indent=1) + "\n")
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy a tokenizer into `folder`, whose own is replaced; each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, TOKENIZER):
+        if (source / name).exists():
+            write_atomically(folder / name, read(source / name))
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -150,10 +160,3 @@ def to_json(bpe: BPE) -> dict:
             "merges": [[tokens[left], tokens[right]] for left, right in bpe.merges],
         },
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,18 +18,21 @@ import pytest
 
 import llm.eval.heldout
 import llm.loop
+import llm.prepare
 import llm.report
 from core.checkpoint import Checkpointer
-from core.config import parse
+from core.config import parse, to_yaml
 from core.errors import UserError
 from core.metrics import read_metrics
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.data.corpus import open_corpus
 from llm.loop import train
-from llm.tokenizer import Tokenizer
+from llm.prepare import Text, prepare
+from llm.tokenizer import Tokenizer, save, train_bpe
 
 ROOT = Path(__file__).parents[2]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TIMES = ("tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds", "mfu")
 
 
@@ -226,8 +230,55 @@ def test_resume_on_a_changed_corpus_is_refused(undisturbed, corpus, tmp_path):
     (tmp_path / "run/config.yaml").write_text(config)
     changed = experiment(corpus, tmp_path, data={"sources": [f"{tmp_path}/corpus/*.py"]})
     (tmp_path / "corpus/config.py").write_text("nothing = 'as it was before'\n" * 100)
+    before = [(tmp_path / "run/tokenizer" / name).read_bytes() for name in TOKENIZER_FILES]
     with pytest.raises(UserError, match="corpus has changed since checkpoint 12"):
         train(changed, resume=True)
+    assert [(tmp_path / "run/tokenizer" / name).read_bytes() for name in TOKENIZER_FILES] == before
+
+
+def test_resume_with_a_changed_tokenizer_is_refused(undisturbed, corpus, tmp_path):
+    shutil.copytree(undisturbed / "tokenizer", tmp_path / "tokenizer")
+    own = experiment(corpus, tmp_path, tokenizer={"path": f"{tmp_path}/tokenizer"}, train={"steps": 1})
+    train(own)
+    before = [(tmp_path / "run/tokenizer" / name).read_bytes() for name in TOKENIZER_FILES]
+    assert before == [(undisturbed / "tokenizer" / name).read_bytes() for name in TOKENIZER_FILES]
+    shutil.rmtree(tmp_path / "tokenizer")
+    save(train_bpe(["other words, other merges"], 270, progress=False), tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=rf"the tokenizer in {tmp_path}/tokenizer is not the one that .*1"):
+        train(own, resume=True)
+    assert [(tmp_path / "run/tokenizer" / name).read_bytes() for name in TOKENIZER_FILES] == before
+
+
+def test_a_disk_that_is_full_from_the_start(undisturbed, corpus, small_disk, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(to_yaml(experiment(corpus, small_disk)))
+    (small_disk / "ballast").write_bytes(bytes((6 << 20) - 5 * 4096))  # no room for `tokenizer.json`
+    done = subprocess.run(
+        command(config), capture_output=True, text=True, cwd=ROOT, env=clean_environment(tmp_path)
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        f"error: the disk is full while writing {small_disk}/run/tokenizer/tokenizer.json: "
+        "free some space and run the same command with --resume\n"
+    )
+    assert [path.name for path in (small_disk / "run/tokenizer").iterdir()] == ["tokenizer_config.json"]
+
+
+def test_a_disk_that_fills_up_loses_no_checkpoint(undisturbed, corpus, small_disk, monkeypatch):
+    ballast = small_disk / "ballast"
+
+    def fill():
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, fill)
+        with pytest.raises(UserError, match=r"checkpoint 8 .*disk is full; checkpoint 4 .* with --resume"):
+            train(experiment(corpus, small_disk))
+    ballast.unlink()
+    train(experiment(corpus, small_disk), resume=True)
+    assert numbers(small_disk / "run") == numbers(undisturbed)
 
 
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, corpus, tmp_path, caplog):
@@ -239,6 +290,23 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, corpus, tmp_path, capl
     train(experiment(corpus, tmp_path), resume=True)
     assert "checkpoint 12 is damaged" in caplog.text and victim.name in caplog.text
     assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_two_that_begin_together_share_a_fresh_cache(corpus, tmp_path, monkeypatch):
+    both = experiment(corpus, tmp_path, data={"cache": str(tmp_path / "cache")})
+
+    def overtaken(*arguments, **options):
+        monkeypatch.setattr(llm.prepare, "train_bpe", train_bpe)
+        texts.append(prepare(both))
+        return train_bpe(*arguments, **options)
+
+    texts: list[Text] = []
+    monkeypatch.setattr(llm.prepare, "train_bpe", overtaken)
+    texts.append(prepare(both))
+    assert texts[0].identity == texts[1].identity
+    assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [
+        texts[0].tokenizer.folder.name
+    ]
 
 
 def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_path):
@@ -316,8 +384,6 @@ def test_mistakes_exit_with_2_and_no_traceback(arguments, message):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(corpus, tmp_path):
     """SIGKILL anywhere, then --resume: the metrics end as if nothing had happened, bit for bit."""
-    from core.config import to_yaml
-
     steps = {"train": {"steps": 400}, "checkpoint": {"every": 7}, "eval": {"every": 50}}
     environment = clean_environment(tmp_path)
     for name in ("calm", "killed"):
