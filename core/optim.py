@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from core.errors import UserError
 from core.module import Params
 from core.options import OptimizerConfig
 
@@ -21,16 +23,36 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(options: OptimizerConfig, steps: int, decay: Params) -> Optimizer:
-    """AdamW or SGD over `steps` steps; weight decay only where the pytree `decay` is True."""
+    """AdamW or SGD over `steps` steps; weight decay only where the pytree `decay` is True.
+
+    Raises:
+        UserError: if a key of `options.rates` is the path of no parameter.
+    """
     schedule = learning_rate(options, steps)
     if options.name == "sgd":
         return Optimizer(optax.scale_by_learning_rate(schedule), schedule, options.clip_norm)
     transform = optax.chain(
         optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        _scale_by_path(options.rates, decay),
         optax.add_decayed_weights(options.weight_decay, mask=decay),
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(transform, schedule, options.clip_norm)
+
+
+def _scale_by_path(rates: dict[str, float], params: Params) -> optax.GradientTransformation:
+    """Multiply the updates of the parameters whose path, such as `blocks.mlp`, begins as a key of `rates`."""
+    if not rates:
+        return optax.identity()
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    under = lambda name, key: f"{name}.".startswith(f"{key}.")  # noqa: E731
+    for key in rates:
+        if not any(under(name, key) for name in names):
+            raise UserError(f"optimizer.rates: no parameter's path begins with '{key}'; it is one of {names}")
+    factors = [math.prod(rate for key, rate in rates.items() if under(name, key)) for name in names]
+    tree = jax.tree.unflatten(structure, factors)
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, tree))
 
 
 def learning_rate(options: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -39,7 +61,7 @@ def learning_rate(options: OptimizerConfig, steps: int) -> optax.Schedule:
     if options.schedule == "cosine":
         body = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=last)
     elif options.schedule == "wsd":
-        decay = max(1, round(options.decay_fraction * steps))
+        decay = max(1, min(round(options.decay_fraction * steps), steps - warmup))
         body = optax.linear_schedule(
             peak, last * peak, decay, transition_begin=max(0, steps - decay - warmup)
         )

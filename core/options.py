@@ -55,11 +55,14 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2017) or plain SGD, with warm-up and a decay of the learning rate.
 
     `cosine` falls from the peak to `final_fraction` of it over the whole run; `wsd` (warm-up, stable,
-    decay; Hu et al. 2024, arXiv:2404.06395) holds the peak and falls linearly in the last `decay_fraction`.
+    decay; Hu et al. 2024, arXiv:2404.06395) holds the peak and falls linearly in the last `decay_fraction`,
+    or in all that the warm-up leaves of it. `rates` are factors on the updates of some parameters, by path or
+    by the path's beginning: an embedding of unit size learns little at the rate of a narrow matrix.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    rates: dict[str, float] = Field(default_factory=dict)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     final_fraction: float = Field(0.1, ge=0, le=1)

@@ -189,6 +189,23 @@ def test_adamw_is_torchs():
         assert_allclose(params[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_rates_multiply_the_updates_of_the_parameters_they_name():
+    params = {"blocks": {"mlp": jnp.ones(3), "norm": jnp.ones(3)}, "block": jnp.ones(3)}
+    grads, decay = jax.tree.map(jnp.ones_like, params), jax.tree.map(lambda _: True, params)
+
+    def update(rates):
+        options = OptimizerConfig(learning_rate=0.5, schedule="constant", weight_decay=0.1, rates=rates)
+        transform = make_optimizer(options, 10, decay).transform
+        return transform.update(grads, transform.init(params), params)[0]
+
+    # Adam's first update is the gradient's sign; weight decay keeps its own rate.
+    expected = {"blocks": {"mlp": -0.5 * (6 + 0.1), "norm": -0.5 * (3 + 0.1)}, "block": -0.5 * (1 + 0.1)}
+    got = update({"blocks": 3.0, "blocks.mlp": 2.0})
+    jax.tree.map(lambda g, e: assert_allclose(g, np.full(3, e, np.float32), rtol=1e-5), got, expected)
+    with pytest.raises(UserError, match=r"optimizer.rates.*'bloc'.*blocks\.mlp"):
+        update({"bloc": 2.0})
+
+
 def test_schedules():
     cosine = learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1), 110)
     assert_allclose([cosine(0), cosine(9), cosine(10), cosine(60), cosine(110)], [0.1, 1, 1, 0.55, 0.1], 1e-6)
@@ -197,6 +214,8 @@ def test_schedules():
     assert_allclose([wsd(0), wsd(9), wsd(50), wsd(80), wsd(90), wsd(100)], [0.1, 1, 1, 1, 0.5, 0], atol=1e-6)
     short = learning_rate(dataclasses.replace(options, warmup_steps=1), 10)
     assert_allclose(short(0), 1.0)
+    steep = learning_rate(dataclasses.replace(options, warmup_steps=60, decay_fraction=0.5), 100)
+    assert_allclose([steep(59), steep(60), steep(80), steep(100)], [1, 1, 0.5, 0], atol=1e-6)
 
 
 def test_rows_of_a_process_cover_the_batch():
