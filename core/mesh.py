@@ -102,6 +102,12 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def num_shards(axis: str) -> int:
+    """How many pieces a logical axis is divided into under `jax.set_mesh`; without a mesh, one."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(name, 1) for name in _mesh_axes(axis))
+
+
 def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """Check that named sizes divide over the mesh, `sizes` being {key: (logical axis, size)}.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jax.extend.core import Jaxpr, jaxprs_in_params
@@ -35,3 +37,24 @@ def largest_array(hlo: str) -> int:
     """Elements of the largest array that a compiled program's text speaks of."""
     shapes = re.findall(r"\b(?:f32|bf16|s32|pred|u32|s8)\[([\d,]+)\]", hlo)
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def partitioned(lowered) -> str:
+    """The program just after XLA has divided it over devices, when no collective is merged with another."""
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd.*"})
+        (dump,) = Path(folder).glob("*after_spmd-partitioning*")
+        return dump.read_text()
+
+
+def collectives(hlo: str) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Each collective, the shape of its result on one device, and whether it stands in the body of a loop."""
+    bodies = set(re.findall(r"body=%?([\w.-]+)", hlo))
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found, inside = [], False
+    for line in hlo.splitlines():
+        if begins := re.match(r"(?:ENTRY )?%?([\w.-]+)[ .(].*\{$", line):
+            inside = begins[1] in bodies
+        elif match := re.search(rf" = \w+\[([\d,]*)\]\S* ({kinds})\(", line):
+            found.append((match[2], tuple(map(int, filter(None, match[1].split(",")))), inside))
+    return found

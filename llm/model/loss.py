@@ -8,13 +8,14 @@ cross entropy: Hsu et al. 2024, arXiv:2410.10989, and Wijmans et al. 2024, arXiv
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from core.mesh import shard
+from core.mesh import num_shards, shard
 from llm.model.layers import product
 
 
@@ -50,33 +51,50 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(z_loss, chunk, hidden, kernel, targets, weights):
-    def body(sums, piece):
-        _, log_z, nll = _chunk_nll(kernel, *piece[:2])
-        return _add(sums, nll, log_z, piece[2]), None
+    kernel = _gathered(kernel, hidden)
 
-    sums, _ = jax.lax.scan(body, _zeros(), _chunks(chunk, hidden, targets, weights))
+    def body(_, piece):
+        _, log_z, nll = _chunk_nll(kernel, *piece)
+        return None, (log_z, nll)
+
+    _, values = jax.lax.scan(body, None, _chunks(chunk, hidden, targets))
+    sums = _sums(*_chunks(chunk, weights), *values)
     return sums.nll + z_loss * sums.z_loss, sums
 
 
 def _forward(z_loss, chunk, hidden, kernel, targets, weights):
-    def body(carry, piece):
-        sums, d_kernel = carry
+    gathered = _gathered(kernel, hidden)
+    # The kernel's gradient is a sum per shard of the batch, and these are added up once, after the loop.
+    shards = math.gcd(hidden.shape[0], num_shards("act_batch"))
+
+    def by_shard(x, *axes):
+        return shard(x.reshape(shards, -1, *x.shape[1:]), "act_batch", None, *axes)
+
+    def body(d_kernel, piece):
         hidden, targets, weights = piece
-        logits, log_z, nll = _chunk_nll(kernel, hidden, targets)
+        logits, log_z, nll = _chunk_nll(gathered, hidden, targets)
         softmax = jnp.exp(logits - log_z[..., None])
         scale = (weights * (1 + 2 * z_loss * log_z))[..., None]
         hit = targets[..., None] == jnp.arange(logits.shape[-1])
         d_logits = (softmax * scale - jnp.where(hit, weights[..., None], 0)).astype(hidden.dtype)
         d_logits = shard(d_logits, "act_batch", "act_seq", "act_vocab")
-        d_hidden = product("bsv,vd->bsd", d_logits, kernel)
+        d_hidden = product("bsv,vd->bsd", d_logits, gathered)
         # [D, V] within the loop: the CPU copies a product's first operand, and `hidden` is the smaller one.
-        d_kernel += jnp.einsum("bsd,bsv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-        return (_add(sums, nll, log_z, weights), d_kernel), d_hidden
+        d_kernel += jnp.einsum(
+            "nbsd,nbsv->ndv",
+            by_shard(hidden, "act_seq", "act_embed"),
+            by_shard(d_logits, "act_seq", "act_vocab"),
+            preferred_element_type=jnp.float32,
+        )
+        return shard(d_kernel, "act_batch", "act_embed", "act_vocab"), (d_hidden, log_z, nll)
 
-    start = (_zeros(), jnp.zeros(kernel.shape[::-1], jnp.float32))
-    (sums, d_kernel), d_hidden = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, weights))
+    start = jnp.zeros((shards, *kernel.shape[::-1]), jnp.float32)
+    start = shard(start, "act_batch", "act_embed", "act_vocab")
+    d_kernel, (d_hidden, *values) = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, weights))
+    d_kernel = shard(d_kernel.sum(0), "embed", "vocab").astype(kernel.dtype)
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return (sums.nll + z_loss * sums.z_loss, sums), (d_hidden, d_kernel.astype(kernel.dtype))
+    sums = _sums(*_chunks(chunk, weights), *values)
+    return (sums.nll + z_loss * sums.z_loss, sums), (d_hidden, d_kernel)
 
 
 def _backward(z_loss, chunk, gradients, cotangents):
@@ -86,6 +104,11 @@ def _backward(z_loss, chunk, gradients, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def _gathered(kernel, hidden):
+    """The kernel as the products read it, brought together before the loop instead of for each chunk."""
+    return shard(kernel.astype(hidden.dtype), "act_vocab", "act_embed")
 
 
 def _chunk_nll(kernel, hidden, targets):
@@ -102,9 +125,5 @@ def _chunks(chunk, *arrays):
     )
 
 
-def _zeros() -> LossSums:
-    return LossSums(jnp.float32(0), jnp.float32(0))
-
-
-def _add(sums: LossSums, nll, log_z, weights) -> LossSums:
-    return LossSums(sums.nll + jnp.sum(weights * nll), sums.z_loss + jnp.sum(weights * log_z**2))
+def _sums(weights, log_z, nll) -> LossSums:
+    return LossSums(jnp.sum(weights * nll), jnp.sum(weights * log_z**2))

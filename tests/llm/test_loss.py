@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from programs import largest_array, products
+from programs import collectives, largest_array, partitioned, products
 
+from core.mesh import make_mesh, shardings
+from core.options import MeshConfig
 from llm.model.loss import cross_entropy
 
 BATCH, LENGTH, EMBED, VOCAB = 3, 30, 20, 53
@@ -130,3 +133,52 @@ def test_three_products_and_never_all_logits(dtype):
         assert [x.aval.dtype for x in product.invars] == [dtype, dtype]
     program = gradient.lower(*batch).compile().as_text()
     assert BATCH * 10 * VOCAB <= largest_array(program) < BATCH * LENGTH * VOCAB
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "gathered"),
+    [
+        ({"data": 8}, (20, 56), []),
+        ({"data": 1, "fsdp": 8}, (24, 56), [(56, 24)]),
+        ({"data": 1, "fsdp": 4, "tensor": 2}, (20, 28), [(28, 20)]),
+    ],
+    ids=str,
+)
+def test_the_kernel_and_its_gradient_travel_once_not_for_each_chunk(sizes, kernel, gathered):
+    """Within the loop over chunks, only what a product over a divided vocabulary has to add up."""
+    embed, vocab = kernel[0], 56
+    mesh = make_mesh(MeshConfig(**sizes))
+    batch = [((16, 64, embed), jnp.float32), ((vocab, embed), jnp.float32)]
+    batch += [((16, 64), jnp.int32), ((16, 64), jnp.float32)]
+    rows = ("act_batch", "act_seq")
+    axes = [(*rows, None), ("vocab", "embed"), rows, rows]
+    places = tuple(shardings(mesh, axes))
+    gradient = jax.grad(lambda *batch: cross_entropy(*batch, z_loss=0.1, chunk=8)[0], (0, 1))
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(gradient, in_shardings=places, out_shardings=places[:2])
+        lowered = jitted.lower(*(jax.ShapeDtypeStruct(*one) for one in batch))
+    found = collectives(partitioned(lowered))
+    outside = [(kind, shape) for kind, shape, inside in found if not inside and len(shape) > 1]
+    assert sorted(outside) == [*(("all-gather", shape) for shape in gathered), ("all-reduce", kernel)]
+    inside = [(kind, math.prod(shape)) for kind, shape, inside in found if inside]
+    if "tensor" in sizes:
+        tokens = 4 * 8  # of a chunk on one device
+        assert {kind for kind, _ in inside} == {"all-reduce"}
+        assert sum(size for _, size in inside) == tokens * (embed + 2)  # d_hidden, maximum, sum
+    else:
+        assert not inside
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (12, {"data": 8})], ids=str
+)
+def test_sharded_equals_unsharded(batch, sizes):
+    """Also where the batch doesn't divide over the mesh."""
+    arrays = [
+        jnp.tile(x, (batch, *[1] * (x.ndim - 1)))[:batch] if i != 1 else x for i, x in enumerate(make())
+    ]
+    expected = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*arrays)
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+        got = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*arrays)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
