@@ -85,10 +85,11 @@ MESHES = [
     MeshConfig(data=2, fsdp=4),
     MeshConfig(data=1, fsdp=4, tensor=2),
     MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=2, fsdp=2, context=2),
 ]
 
 
-@pytest.mark.parametrize("options", MESHES, ids=lambda o: f"data{o.data}-fsdp{o.fsdp}-tensor{o.tensor}")
+@pytest.mark.parametrize("options", MESHES, ids=str)
 def test_sharded_equals_unsharded(options):
     assert_same_course(run(options), one_device())
 
