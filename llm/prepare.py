@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from core.errors import UserError
+from core.run import RunFolder
 from llm.config import Experiment
 from llm.data.corpus import Corpus, open_corpus
 from llm.data.loader import TokenDataset, open_dataset
@@ -69,13 +70,14 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     if options.path is not None:
         return Tokenizer.load(Path(options.path))
     if experiment.init.source is not None:  # weights mean nothing under another vocabulary
-        return Tokenizer.load(Path(experiment.init.source) / "tokenizer")
+        return Tokenizer.load(RunFolder.open(Path(experiment.init.source)).tokenizer)
     vocab_size = options.vocab_size or experiment.model.vocab_size
     key = hashlib.blake2b(f"{corpus.fingerprint} {vocab_size} {options.pattern}".encode(), digest_size=8)
     folder = cache / key.hexdigest()
     if not folder.is_dir():
         texts = (document.text for document in corpus.documents("train"))
-        bpe = train_bpe(texts, vocab_size, options.pattern, size=corpus.num_bytes)
+        name = f"{'tokenizer' if options.vocab_size else 'model'}.vocab_size"
+        bpe = train_bpe(texts, vocab_size, options.pattern, size=corpus.num_bytes, name=name)
         unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
         try:
             save(bpe, unfinished)

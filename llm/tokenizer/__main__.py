@@ -28,7 +28,8 @@ def train(options: argparse.Namespace) -> None:
     size = sum(map(os.path.getsize, files))
     print(f"{len(files)} files, {size:,} bytes", file=sys.stderr)
     texts = (text for path in files for text in read_text(path))
-    save(train_bpe(texts, options.vocab_size, options.pattern, size=size), options.out)
+    bpe = train_bpe(texts, options.vocab_size, options.pattern, size=size, name="--vocab-size")
+    save(bpe, options.out)
     print(f"wrote a tokenizer of {options.vocab_size} tokens to {options.out}", file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     progress: bool = True,
     size: int | None = None,
+    name: str = "vocab_size",
 ) -> BPE:
     """Learn a tokenizer from `texts`, which are read once and never held together.
 
@@ -28,6 +29,7 @@ def train_bpe(
         vocab_size: number of ids: 256 bytes, merges and special tokens together.
         progress: show progress on standard error.
         size: bytes of UTF-8 in all texts, if known, so that progress can tell the time left.
+        name: what the user knows `vocab_size` by.
 
     Raises:
         UserError: for a vocabulary that is smaller than bytes and special tokens, or larger than the corpus
@@ -41,7 +43,7 @@ def train_bpe(
     smallest = len(BYTE_ORDER) + len(special_tokens)
     if vocab_size < smallest:
         raise UserError(
-            f"a vocabulary of {vocab_size} is too small: {len(BYTE_ORDER)} bytes and {len(special_tokens)} "
+            f"{name} ({vocab_size}) is too small: {len(BYTE_ORDER)} bytes and {len(special_tokens)} "
             f"special tokens already make {smallest}"
         )
     with _bar(progress, "counting words ", size, "bytes") as advance:
@@ -53,7 +55,7 @@ def train_bpe(
     supported = smallest + len(merges)
     if supported < vocab_size:
         raise UserError(
-            f"a vocabulary of {vocab_size} is larger than this corpus supports: its {len(counts)} distinct "
+            f"{name} ({vocab_size}) is larger than this corpus supports: its {len(counts)} distinct "
             f"words make at most {supported} tokens; ask for that, or give more text"
         )
     return BPE(tuple(merges), tuple(special_tokens), pattern)

@@ -161,7 +161,7 @@ def test_memory_grows_with_distinct_words_and_not_with_the_text(monkeypatch):
 
 def test_a_vocabulary_larger_than_the_corpus_supports_is_told_with_the_largest_that_it_does():
     texts = ["low lower lowest", "new newer newest"]
-    with pytest.raises(UserError, match=r"vocabulary of 500 .* at most (\d+) tokens") as raised:
+    with pytest.raises(UserError, match=r"vocab_size \(500\) .* at most (\d+) tokens") as raised:
         train_bpe(texts, 500, progress=False)
     largest = int(str(raised.value).split("at most ")[1].split()[0])
     assert train_bpe(texts, largest, progress=False).vocab_size == largest
@@ -174,7 +174,10 @@ def test_a_vocabulary_larger_than_the_corpus_supports_is_told_with_the_largest_t
     [
         ({"texts": []}, "corpus is empty"),
         ({"texts": ["", ""]}, "corpus is empty"),
-        ({"vocab_size": 261}, "261 is too small: 256 bytes and 6 special tokens already make 262"),
+        (
+            {"vocab_size": 261},
+            "(261) is too small: 256 bytes and 6 special tokens already make 262",
+        ),
         ({"pattern": "gpt9"}, "unknown split pattern 'gpt9'; valid: gpt2, llama3"),
         ({"special_tokens": ("<|a|>", "<|a|>")}, "'<|a|>' stands twice"),
         ({"special_tokens": ("",)}, "special token is empty"),
