@@ -9,6 +9,7 @@ import argparse
 import codecs
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from core.config import load
 from core.errors import UserError, run_command
 from core.run import RunFolder
 from llm.config import Experiment
+from llm.data.shards import boundaries
 from llm.model.config import ModelConfig
+from llm.tokenizer.reading import decode_utf8
 from llm.tokenizer.tokenizer import Tokenizer
 
 _log = logging.getLogger("llm.generate")  # also where this is the main module
@@ -53,6 +56,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not all(args.prompts):
         raise UserError("--prompt is empty: give the text to continue")
+    args.prompts = [decode_utf8(os.fsencode(prompt), "--prompt") for prompt in args.prompts]
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: choose one from 0 to {2**32 - 1}")
     run = RunFolder.open(args.run)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
@@ -159,13 +165,13 @@ def sample_texts(
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids after the token that begins every text, as in training."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return begin + tokenizer.encode(prompt)
+    begin, _ = boundaries(tokenizer)
+    return [begin, *tokenizer.encode(prompt)]
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a text."""
-    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return [boundaries(tokenizer)[1]]
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

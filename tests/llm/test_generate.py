@@ -140,6 +140,8 @@ def test_a_damaged_checkpoint_is_passed_over(command, trained, tmp_path):
     ("arguments", "named"),
     [
         (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "caf\udce9"], r"--prompt is not UTF-8 at byte 3 \(0xe9\)"),
+        (["--prompt", "a", "--seed", "10000000000"], "--seed 10000000000: choose one from 0 to 4294967295"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--top-p", "1.5"], "top-p is 1.5"),
         (["--prompt", "a", "--max-new-tokens", "100"], r"2 tokens and 100 new ones.*\(64\)"),
@@ -165,6 +167,12 @@ def test_mistakes_and_help_need_no_jax(tmp_path):
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "holds no run" in done.stderr
+
+
+def test_a_prompt_begins_as_documents_do_where_no_token_begins_a_text(trained):
+    tokenizer = Tokenizer.load(trained / "tokenizer")
+    tokenizer.bos_id = None
+    assert encode_prompt(tokenizer, "def ") == [tokenizer.eos_id, *tokenizer.encode("def ")]
 
 
 @given(text=st.text())
