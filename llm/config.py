@@ -26,8 +26,9 @@ class DataConfig:
 
     sequence_length: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # sequences in a step, over all devices and microbatches
-    sources: tuple[str, ...] = ("embedded",)
-    heldout: tuple[str, ...] | None = None  # sources of their own; None: a share of `sources` by name
+    sources: tuple[str, ...] = Field(("embedded",), min_length=1)
+    # Sources of their own; None: a share of `sources` by name.
+    heldout: tuple[str, ...] | None = Field(None, min_length=1)
     heldout_fraction: float = Field(0.05, gt=0, lt=1)
     cache: str | None = None  # tokenizers and token shards; None: `.cache` beside the runs
 
@@ -39,7 +40,7 @@ class TrainConfig:
     steps: int = Field(ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     accumulation: int = Field(1, ge=1)  # microbatches a step
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
     loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
@@ -50,11 +51,11 @@ class TrainConfig:
 class EvalConfig:
     """Held-out loss and samples, each `every` steps and at the end."""
 
-    every: int = 0  # 0: at the end only
+    every: int = Field(0, ge=0)  # 0: at the end only
     # At most so many microbatches in a scheduled evaluation, spread over the split; None: as at the end.
     batches: int | None = Field(None, ge=1)
     prompts: tuple[str, ...] = ()
-    sample_tokens: int = 128
+    sample_tokens: int = Field(128, ge=1)
 
 
 @config
@@ -72,7 +73,7 @@ class Experiment:
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)  # JAX looks at no more bits
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)

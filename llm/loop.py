@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from core.checkpoint import Checkpointer
 from core.config import to_dict, to_yaml
+from core.errors import UserError
 from core.log import progress
 from core.mesh import check_divides, make_mesh
 from core.metrics import MetricsWriter
@@ -22,7 +24,7 @@ from llm.config import Experiment
 from llm.data.loader import Batch, train_batch
 from llm.data.prefetch import prefetch
 from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
-from llm.generate import sample_texts
+from llm.generate import encode_prompt, sample_texts
 from llm.meter import Meter
 from llm.model.attention import choose_backend
 from llm.model.transformer import Compute, blueprint
@@ -30,6 +32,7 @@ from llm.prepare import Text, prepare, token_bytes
 from llm.report import append_samples, finish
 from llm.start import first_state
 from llm.step import State, jit_train_step, local_rows, put_batch
+from llm.tokenizer import Tokenizer
 from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
@@ -52,21 +55,28 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
     Raises:
         UserError: for anything in the configuration, the data or the run folder that the user can mend.
     """
+    if jax.process_count() > 1:
+        raise UserError("training with several processes is not supported yet: start one")
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
+    _check_prompts(experiment, text.tokenizer)
     setup = Setup(experiment, run, mesh, *_model(experiment), text)
-    with jax.set_mesh(mesh), Checkpointer(run.checkpoints, experiment.checkpoint.keep) as checkpointer:
+    keep = experiment.checkpoint.keep
+    # Signals are minded until the last save, which the checkpointer waits for, is on the disk.
+    with jax.set_mesh(mesh), Stop() as stop, Checkpointer(run.checkpoints, keep) as checkpointer:
         state = first_state(experiment, setup.model, setup.optimizer, mesh, checkpointer, text)
+        start, steps = int(state.step), experiment.train.steps
+        if profile is not None and not start < profile <= steps:
+            raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
         copy(text.tokenizer.folder, run.tokenizer)
-        with Stop() as stop:
-            state = _run_steps(setup, state, checkpointer, stop, profile)
+        state, samples = _run_steps(setup, state, checkpointer, stop, profile)
     done = int(state.step)
     if done < experiment.train.steps:
         _log.info("%s: saved step %d in %s; go on with --resume", stop.signal, done, run.path)
     else:
-        finish(run, experiment, text, setup.model.count)
+        finish(run, experiment, text, setup.model.count, samples)
 
 
 def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
@@ -100,9 +110,19 @@ def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     )
 
 
+def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    for prompt in experiment.eval.prompts:
+        length, most = len(encode_prompt(tokenizer, prompt)), experiment.model.max_length - 1
+        if length > most:
+            raise UserError(
+                f"eval.prompts: {prompt!r} is {length} tokens, and model.max_length leaves room for {most}"
+            )
+
+
 def _run_steps(
     setup: Setup, state: State, checkpointer: Checkpointer, stop: Stop, profile: int | None
-) -> State:
+) -> tuple[State, list[str]]:
+    """The state after the last step, and the samples of the last evaluation."""
     experiment, run, mesh = setup.experiment, setup.run, setup.mesh
     steps, start = experiment.train.steps, int(state.step)
     train_step = jit_train_step(setup.model, experiment.train, setup.optimizer, mesh)
@@ -110,11 +130,16 @@ def _run_steps(
     evaluate = make_evaluate(setup.model, experiment.train.loss_chunk, lengths, mesh)
     meter = Meter(experiment, mesh)
     batches = prefetch(_batches(setup, start))
-    with MetricsWriter(run, start) as writer, progress("training", steps, start) as update:
+    samples: list[str] = []
+    with (
+        MetricsWriter(run, start) as writer,
+        progress("training", steps, start) as update,
+        contextlib.ExitStack() as tracing,
+    ):
         for step in range(start + 1, steps + 1):
             with meter.lap("data"):
                 batch = put_batch(next(batches), mesh)
-            _profile(run, profile, step)
+            _profile(tracing, run, profile, step)
             state, metrics = train_step(state, batch)
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
             values |= meter.measure(step)
@@ -122,6 +147,7 @@ def _run_steps(
             if step == steps or (experiment.eval.every and step % experiment.eval.every == 0):
                 with meter.lap("evaluation"):
                     values |= _evaluate(setup, evaluate, state, step)
+                    samples = _sample(setup, state, step)
             writer.write(step, values)  # before the checkpoint that stands for having done this step
             update(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
             if last or step % experiment.checkpoint.every == 0:
@@ -130,7 +156,7 @@ def _run_steps(
             if last:
                 break
     batches.close()
-    return state
+    return state, samples
 
 
 def _batches(setup: Setup, start: int) -> Iterator[Batch]:
@@ -142,17 +168,27 @@ def _batches(setup: Setup, start: int) -> Iterator[Batch]:
 
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:
-    options, text = setup.experiment.eval, setup.text
     final = step == setup.experiment.train.steps
-    scores = evaluate(
-        state.params, evaluation_batches(setup.experiment, text.heldout, setup.mesh, final=final)
+    batches = evaluation_batches(setup.experiment, setup.text.heldout, setup.mesh, final=final)
+    return evaluate(state.params, batches)
+
+
+def _sample(setup: Setup, state: State, step: int) -> list[str]:
+    """Each of `eval.prompts` and what follows it; also added to the run's samples."""
+    experiment, options = setup.experiment, setup.experiment.eval
+    if not options.prompts:
+        return []
+    texts = sample_texts(
+        experiment.model,
+        state.params,
+        setup.text.tokenizer,
+        options.prompts,
+        options.sample_tokens,
+        dtype=experiment.train.dtype,
     )
-    if options.prompts:
-        samples = sample_texts(
-            setup.experiment.model, state.params, text.tokenizer, options.prompts, options.sample_tokens
-        )
-        append_samples(setup.run, step, options.prompts, samples)
-    return scores
+    samples = [prompt + text for prompt, text in zip(options.prompts, texts, strict=True)]
+    append_samples(setup.run, step, samples)
+    return samples
 
 
 def _save(setup: Setup, state: State, step: int, checkpointer: Checkpointer) -> None:
@@ -164,10 +200,11 @@ def _save(setup: Setup, state: State, step: int, checkpointer: Checkpointer) -> 
     checkpointer.save(step, state.params, state.opt_state, meta)
 
 
-def _profile(run: RunFolder, first: int | None, step: int) -> None:
-    """Trace three steps, to be opened in TensorBoard or Perfetto."""
+def _profile(tracing: contextlib.ExitStack, run: RunFolder, first: int | None, step: int) -> None:
+    """Trace three steps, fewer where the run ends before, to be opened in TensorBoard or Perfetto."""
     if step == first:
-        jax.profiler.start_trace(run.path / "profile")
-    if first is not None and step == first + 3:
-        jax.profiler.stop_trace()
-        _log.info("profile of steps %d to %d: %s", first, step - 1, run.path / "profile")
+        folder = run.path / "profile"
+        tracing.callback(_log.info, "profile from step %d on: %s", first, folder)
+        tracing.enter_context(jax.profiler.trace(folder))
+    elif first is not None and step == first + 3:
+        tracing.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from statistics import median
 
@@ -30,19 +31,23 @@ _LABELS = {
 }
 
 
-def append_samples(run: RunFolder, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
-    """Add this step's samples to `samples.md`, in place of any of this step or later ones."""
-    written = run.samples.read_text(encoding="utf-8") if run.samples.exists() else ""
+def append_samples(run: RunFolder, step: int, samples: Sequence[str]) -> None:
+    """Add this step's samples to `samples.md`, in place of any of this step or later ones.
+
+    They stand indented, which is code to Markdown, and so that no line of theirs passes for a heading.
+    """
+    written = run.samples.read_bytes().decode(errors="replace") if run.samples.exists() else ""
     sections = re.split(r"^(?=## step \d+$)", written, flags=re.MULTILINE)
     kept = [s for s in sections if (m := re.match(r"## step (\d+)$", s, re.MULTILINE)) and int(m[1]) < step]
-    blocks = [f"````\n{prompt}{text}\n````\n" for prompt, text in zip(prompts, texts, strict=True)]
-    write_atomically(run.samples, "".join([*kept, f"## step {step}\n\n", *blocks, "\n"]))
+    blocks = [textwrap.indent(sample, "    ", lambda line: True) for sample in samples]
+    new = f"## step {step}\n\n" + "\n\n---\n\n".join(blocks) + "\n\n"
+    write_atomically(run.samples, "".join([*kept, new]))
 
 
 def finish(
-    run: RunFolder, experiment: Experiment, text: Text, parameters: int
+    run: RunFolder, experiment: Experiment, text: Text, parameters: int, samples: Sequence[str]
 ) -> dict[str, float | int | str]:
-    """Write `summary.json` and the plot, and print the table and the last samples."""
+    """Write `summary.json` and the plot, and print the table and the last `samples`."""
     metrics = read_metrics(run.metrics)
     last = metrics[-1]
     summary = {
@@ -61,7 +66,7 @@ def finish(
     heldout, heldout_counts = _read(text, batches, vocab_size)
     summary |= baselines(heldout, _train_counts(text.train, vocab_size), heldout_counts)
     run.write_summary(summary)
-    _print(run, summary, len(heldout), text.heldout.num_bytes)
+    _print(run, summary, len(heldout), text.heldout.num_bytes, samples)
     return summary
 
 
@@ -88,7 +93,7 @@ def _train_counts(dataset: TokenDataset, vocab_size: int) -> np.ndarray:
     return total
 
 
-def _print(run: RunFolder, summary: dict, size: int, all_bytes: int) -> None:
+def _print(run: RunFolder, summary: dict, size: int, all_bytes: int, samples: Sequence[str]) -> None:
     console = Console(highlight=False)
     of_all = "" if size >= all_bytes else f" of {all_bytes:,}, spread evenly"
     table = Table(title=f"{size:,} held-out bytes{of_all}", title_justify="left")
@@ -98,6 +103,6 @@ def _print(run: RunFolder, summary: dict, size: int, all_bytes: int) -> None:
         style = "bold" if key == "heldout_bits_per_byte" else ""
         table.add_row(_LABELS[key], f"{summary[key]:.3f}", style=style)
     console.print(table)
-    if run.samples.exists():
-        console.print(run.samples.read_text(encoding="utf-8").rpartition("## ")[2], markup=False)
+    for sample in samples:
+        console.out(f"\n{sample}\n\n---", highlight=False)
     console.print(f"loss: {run.plots / 'loss.png'}   figures: {run.summary}   samples: {run.samples}")

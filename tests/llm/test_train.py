@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -17,11 +20,12 @@ import numpy as np
 import pytest
 
 import llm.eval.heldout
+import llm.generate
 import llm.loop
 import llm.prepare
 import llm.report
 from core.checkpoint import Checkpointer
-from core.config import parse, to_yaml
+from core.config import parse, to_dict, to_yaml
 from core.errors import UserError
 from core.metrics import read_metrics
 from core.run import RunFolder
@@ -156,10 +160,17 @@ def test_evaluation_takes_no_more_at_a_time_than_a_microbatch(corpus, tmp_path, 
     assert set(rows) == {8} and len(rows) > 4
 
 
+def close_under_fire(checkpointer: Checkpointer, close=Checkpointer.close) -> None:
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(checkpointer)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resume_goes_on_bitwise(number, undisturbed, corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 7, lambda: os.kill(os.getpid(), number))
+        patch.setattr(Checkpointer, "close", close_under_fire)
         train(experiment(corpus, tmp_path))
     run = tmp_path / "run"
     assert numbers(run)[-1]["step"] == 7 and not (run / "summary.json").exists()
@@ -321,6 +332,12 @@ def test_init_from_another_shape_is_refused(undisturbed, corpus, tmp_path):
         train(experiment(corpus, tmp_path, init={"from": str(undisturbed)}, model={"mlp_dim": 64}))
 
 
+def test_init_from_a_misspelt_run_names_the_nearest(undisturbed, corpus, tmp_path):
+    misspelt = f"{undisturbed.parent}/rum"
+    with pytest.raises(UserError, match=r"/rum holds no run .*did you mean .*/run\?"):
+        train(experiment(corpus, tmp_path, init={"from": misspelt}))
+
+
 def test_a_mistake_in_the_data_leaves_no_run_behind(corpus, tmp_path):
     with pytest.raises(UserError, match="no file matches"):
         train(experiment(corpus, tmp_path, data={"sources": [f"{corpus}/*.text"]}))
@@ -337,7 +354,11 @@ def test_a_mistake_in_the_data_leaves_no_run_behind(corpus, tmp_path):
         ),
         ({"data": {"batch_size": 4}}, r"data\.batch_size / train\.accumulation \(4\) does not divide"),
         ({"tokenizer": {"vocab_size": 280}, "model": {"vocab_size": 288}}, None),
-        ({"model": {"vocab_size": 200_000}}, "supports"),
+        (
+            {"model": {"vocab_size": 200_000}},
+            r"model\.vocab_size \(200000\) is larger than this corpus",
+        ),
+        ({"eval": {"prompts": ["x", "x" * 99]}}, r"eval\.prompts: 'xxx.* tokens, .* leaves room for 31"),
     ],
 )
 def test_impossible_combinations_are_named(changes, message, corpus, tmp_path):
@@ -347,6 +368,81 @@ def test_impossible_combinations_are_named(changes, message, corpus, tmp_path):
     with pytest.raises(UserError, match=message):
         train(experiment(corpus, tmp_path, **changes))
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval": {"every": -5}}, r"'eval\.every' is -5: .* greater than or equal to 0"),
+        ({"eval": {"batches": 0}}, r"'eval\.batches' is 0"),
+        ({"eval": {"sample_tokens": 0}}, r"'eval\.sample_tokens' is 0"),
+        ({"train": {"z_loss": math.inf}}, r"'train\.z_loss' is inf"),
+        ({"data": {"sources": []}}, r"'data\.sources' is \[\]: .* at least 1 item"),
+        ({"data": {"heldout": []}}, r"'data\.heldout' is \[\]"),
+    ],
+)
+def test_values_out_of_bounds_are_named(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        experiment(tmp_path, tmp_path, **changes)
+
+
+def test_seeds_that_jax_would_cut_are_refused(tmp_path):
+    data = to_dict(experiment(tmp_path, tmp_path))
+    for seed in (10**22, 2**32, -1):
+        with pytest.raises(UserError, match="'seed' is"):
+            parse(Experiment, data | {"seed": seed})
+
+
+def test_several_processes_are_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="several processes is not supported"):
+        train(experiment(corpus, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_and_a_profile(corpus, tmp_path, monkeypatch, capsys):
+    dtypes = []
+
+    def sample_texts(*arguments, **options):
+        dtypes.append(options["dtype"])
+        return llm.generate.sample_texts(*arguments, **options)
+
+    monkeypatch.setattr(llm.loop, "sample_texts", sample_texts)
+    prompts = ["def f(x):\n## step 1", "````\nclass"]
+    train(
+        experiment(
+            corpus,
+            tmp_path,
+            train={"steps": 2, "dtype": "bfloat16"},
+            eval={"every": 1, "prompts": prompts, "sample_tokens": 4},
+        ),
+        profile=2,
+    )
+    assert dtypes == ["bfloat16", "bfloat16"]
+    samples, printed = (tmp_path / "run/samples.md").read_text(), capsys.readouterr().out
+    assert re.findall(r"^## .*", samples, re.MULTILINE) == ["## step 1", "## step 2"]
+    for prompt in prompts:
+        assert samples.count(textwrap.indent(prompt, "    ")) == 2 and printed.count(prompt) == 1
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))  # though only one step was left to trace
+
+
+def test_samples_of_the_same_step_or_later_are_replaced(tmp_path):
+    run = RunFolder(tmp_path)
+    for step, text in [(1, "one"), (2, "two\n## step 9\r## step 9"), (3, "three"), (3, "````"), (4, "")]:
+        llm.report.append_samples(run, step, [text, "more"])
+    llm.report.append_samples(run, 4, ["four"])
+    assert run.samples.read_bytes().decode() == (
+        "## step 1\n\n    one\n\n---\n\n    more\n\n"
+        "## step 2\n\n    two\n    ## step 9\r    ## step 9\n\n---\n\n    more\n\n"
+        "## step 3\n\n    ````\n\n---\n\n    more\n\n"
+        "## step 4\n\n    four\n\n"
+    )
+
+
+def test_a_profile_of_no_step_to_do_is_refused(undisturbed, corpus, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    with pytest.raises(UserError, match="--profile 12: the steps to do are those after 12 up to 12"):
+        train(experiment(corpus, tmp_path), resume=True, profile=12)
 
 
 def command(config: Path, *arguments: str) -> list[str]:
@@ -384,7 +480,11 @@ def test_mistakes_exit_with_2_and_no_traceback(arguments, message):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(corpus, tmp_path):
     """SIGKILL anywhere, then --resume: the metrics end as if nothing had happened, bit for bit."""
-    steps = {"train": {"steps": 400}, "checkpoint": {"every": 7}, "eval": {"every": 50}}
+    steps = {
+        "train": {"steps": 400, "attention": "blockwise", "scan_layers": False},  # as the quickstart does
+        "checkpoint": {"every": 7},
+        "eval": {"every": 50, "prompts": ["def f(x):"], "sample_tokens": 8},
+    }
     environment = clean_environment(tmp_path)
     for name in ("calm", "killed"):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(experiment(corpus, tmp_path, name, **steps)))
@@ -413,5 +513,7 @@ def test_killed_at_ten_random_moments(corpus, tmp_path):
     subprocess.run(resumable, check=True, cwd=ROOT, env=environment, capture_output=True)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "calm")
     assert_same_parameters(tmp_path / "killed", tmp_path / "calm")
+    calm, killed = ((tmp_path / name / "samples.md").read_text() for name in ("calm", "killed"))
+    assert calm == killed
     steps_seen = [line["step"] for line in read_metrics(RunFolder(tmp_path / "killed").metrics)]
     assert steps_seen == list(range(1, 401))
