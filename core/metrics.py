@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,20 +20,16 @@ _log = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends to `metrics.jsonl`, one flat JSON object a step, and shows the same to TensorBoard.
 
-    What is written is in the file when `write` returns, and survives a SIGKILL. Figures written to the same
-    step later join its line, so no step stands twice. To write a step before its checkpoint is what makes the
-    file of a resumed run whole. With several processes, only the first has a writer.
+    What is written is in the file when `write` returns, and survives a SIGKILL. To write a step before its
+    checkpoint is what makes the file of a resumed run whole. With several processes, only the first has a
+    writer.
     """
 
     def __init__(self, run: RunFolder, start_step: int = 0):
         """Open the files of `run`; lines past `start_step`, where the run goes on from, are removed."""
         _remove_after(run.metrics, start_step)
-        last = None
-        for offset, _, record in _lines(run.metrics):
-            last = offset, record
-        self._file = open(run.metrics, "r+b" if run.metrics.exists() else "x+b")  # noqa: SIM115
-        self._end = self._file.seek(0, os.SEEK_END)
-        self._start, self._record = last or (0, {"step": -1})
+        self._last = max((record["step"] for _, record in _lines(run.metrics)), default=-1)
+        self._file = open(run.metrics, "ab")  # noqa: SIM115
         self._events = _Events(run.tensorboard, start_step)
 
     def __enter__(self) -> MetricsWriter:
@@ -44,25 +39,18 @@ class MetricsWriter:
         self.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write `values`, name to number, for `step`, which may not be before the last one written.
+        """Write `values`, name to number, for `step`, which must be after the last one written.
 
         A value that isn't finite stands as null in the file, since JSON has neither NaN nor infinities, and
         as what it is in TensorBoard. Raises `OSError` with the file's name, on a full disk for example.
         """
-        if step < self._record["step"]:
-            raise ValueError(f"step {step} after step {self._record['step']}")
-        same = step == self._record["step"]
-        if not same:
-            self._start, self._record = self._end, {"step": step}
-        self._record |= {name: plain(value) for name, value in values.items()}
-        line = json.dumps(self._record, allow_nan=False).encode() + b"\n"
+        if step <= self._last:
+            raise ValueError(f"step {step} after step {self._last}")
+        self._last = step
+        record = {"step": step} | {name: plain(value) for name, value in values.items()}
         with _naming(self._file):
-            self._file.seek(self._start)
-            self._file.write(line)
-            if same:
-                self._file.truncate()
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()
-            self._end = self._file.tell()
         self._events.write(step, values)
 
     def close(self) -> None:
@@ -75,15 +63,14 @@ def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """The lines of a `metrics.jsonl`, also of a run that is going on; null becomes NaN."""
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
-        for _, _, record in _lines(path)
+        for _, record in _lines(path)
     ]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """Offset, bytes and content of each line, less a torn last one; a damaged one is named and left out."""
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Bytes and content of each line, less a torn last one; a damaged one is named and left out."""
     if not path.exists():
         return
-    offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -92,17 +79,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
             except (ValueError, TypeError, KeyError):
                 damaged = True
             if not damaged and line.endswith(b"\n"):
-                yield offset, line, record
+                yield line, record
             elif line.endswith(b"\n"):
                 _log.warning("%s, line %d is damaged and left out", path, number)
-            offset += len(line)
 
 
 def _remove_after(path: Path, step: int) -> None:
     """Keep the whole lines up to `step`, in one step that a kill can't split."""
     if not path.exists():
         return
-    write_atomically(path, b"".join(line for _, line, record in _lines(path) if record["step"] <= step))
+    write_atomically(path, b"".join(line for line, record in _lines(path) if record["step"] <= step))
 
 
 @contextlib.contextmanager
