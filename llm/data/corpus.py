@@ -17,6 +17,7 @@ import bisect
 import glob
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from typing import Literal, NamedTuple
 
 from core.errors import UserError
 from llm.data.embedded import embedded_bytes, embedded_names
+
+_log = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -61,7 +64,6 @@ class Corpus:
     sources: tuple[str, ...]
     files: tuple[File, ...]
     threshold: int  # documents whose `name_hash` is below it are held out
-    dropped: int  # files too small to be documents
 
     def documents(
         self, split: Split | None = None, begin: int = 0, end: int | None = None
@@ -125,7 +127,11 @@ def open_corpus(
         raise UserError("data.heldout names every file of data.sources: none is left to train on")
     names = (name for file in kept for name in _document_names(file))
     threshold = 0 if held else _threshold(names, heldout_fraction)
-    return Corpus((*sources, *(heldout or ())), kept, threshold, len(files) + len(held) - len(kept))
+    listed = [file for file in (*files, *held) if file.path]  # empty modules of Python's are no news
+    dropped = sum(file.size < SMALLEST_BYTES for file in listed)
+    if dropped:
+        _log.info("%d of %d files have less than %d bytes: left out", dropped, len(listed), SMALLEST_BYTES)
+    return Corpus((*sources, *(heldout or ())), kept, threshold)
 
 
 def name_hash(name: str) -> int:

@@ -66,10 +66,6 @@ class TokenDataset:
         return int(self.first_token[-1])
 
     @property
-    def num_documents(self) -> int:
-        return int(self.first_document[-1])
-
-    @property
     def num_windows(self) -> int:
         return -(-(self.num_tokens - 1) // self.sequence_length)
 

@@ -66,9 +66,6 @@ class Tokenizer:
         """
         return cls(folder)
 
-    def __reduce__(self):
-        return Tokenizer, (self.folder,)
-
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 

@@ -161,10 +161,12 @@ def test_the_fingerprint_changes_with_files_and_split(tmp_path):
     assert len(seen) == 6
 
 
-def test_near_empty_files_are_dropped_and_counted(tmp_path):
+def test_near_empty_files_are_left_out_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
     write(tmp_path, {"a.txt": SENTENCE, "b.txt": SENTENCE, "empty.txt": "", "short.txt": "hi\n"})
     corpus = open_corpus([f"{tmp_path}/*.txt"])
-    assert names(corpus) == ["a.txt", "b.txt"] and corpus.dropped == 2
+    assert names(corpus) == ["a.txt", "b.txt"]
+    assert "2 of 4 files have less than 16 bytes: left out" in caplog.text
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
