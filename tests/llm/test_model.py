@@ -12,10 +12,12 @@ import pytest
 from numpy.testing import assert_allclose
 from programs import equations, products
 
+from llm.config import TrainConfig
+from llm.data.loader import Batch
 from llm.model.attention import Backend
 from llm.model.config import ModelConfig
-from llm.model.loss import cross_entropy
 from llm.model.transformer import Compute, blueprint
+from llm.step import gradients
 
 # Every option at once, and sizes that tell their axes apart.
 ODD = ModelConfig(
@@ -45,6 +47,7 @@ LLAMA = ModelConfig(
     mlp_dim=36,
     max_length=64,
 )
+TRAIN = TrainConfig(steps=1, z_loss=1e-3, loss_chunk=9)
 BACKENDS = ["reference", "blockwise"]
 LENGTH = 24
 DOCUMENTS = [9, 5, 7]  # and three tokens of padding
@@ -62,53 +65,42 @@ def params(config: ModelConfig):
     return jax.tree_util.tree_map_with_path(fill, blueprint(config).shapes)
 
 
-def rows(split: bool) -> dict[str, jax.Array]:
+def rows(split: bool) -> Batch:
     """Three documents in one row, the other rows padding; or `split`, each in a row of its own."""
     rng = np.random.default_rng(1)
-    names = ("tokens", "targets", "positions", "segments", "weights")
-    batch = {name: np.zeros((len(DOCUMENTS), LENGTH), np.int32) for name in names}
+    shape = (len(DOCUMENTS), LENGTH)
+    batch = Batch(*(np.zeros(shape, np.int32) for _ in range(4)), np.zeros(shape, np.float32))
     start = 0
     for i, size in enumerate(DOCUMENTS):
         place = (i, slice(0, size)) if split else (0, slice(start, start + size))
         text = rng.integers(0, 59, size + 1)
-        batch["tokens"][place], batch["targets"][place] = text[:-1], text[1:]
-        batch["positions"][place] = np.arange(size)
-        batch["segments"][place] = i + 1
-        batch["weights"][place] = 1
+        batch.tokens[place], batch.targets[place] = text[:-1], text[1:]
+        batch.positions[place] = np.arange(size)
+        batch.segment_ids[place] = i + 1
+        batch.weights[place] = 1
         start += size
-    return {name: jnp.asarray(x, float if name == "weights" else jnp.int32) for name, x in batch.items()}
-
-
-def loss(config: ModelConfig, compute: Compute, params, batch):
-    model = blueprint(config, compute).bind(params)
-    hidden = model(batch["tokens"], batch["positions"], batch["segments"]).hidden
-    total, sums = cross_entropy(
-        hidden, model.head_kernel, batch["targets"], batch["weights"], z_loss=1e-3, chunk=9
-    )
-    return total / batch["weights"].sum(), sums.nll
+    return batch
 
 
 @functools.cache
 def gradient(config: ModelConfig, **compute):
-    """Jitted (params, batch) -> ((loss, nll), gradients)."""
-    return jax.jit(jax.value_and_grad(functools.partial(loss, config, Compute(**compute)), has_aux=True))
+    """Jitted (params, batch) -> (gradients, loss), as the training step has them."""
+    return jax.jit(functools.partial(gradients, blueprint(config, Compute(**compute)), TRAIN))
 
 
 @functools.cache
 def logits(config: ModelConfig, backend: Backend):
     def run(params, batch):
         model = blueprint(config, Compute(attention=backend)).bind(params)
-        return model.logits(model(batch["tokens"], batch["positions"], batch["segments"]).hidden)
+        return model.logits(model(batch.tokens, batch.positions, batch.segment_ids).hidden)
 
     return jax.jit(run)
 
 
 def assert_same(got, expected, tolerance=1e-5):
-    (value, parts), gradients = got
-    (expected_value, expected_parts), expected_gradients = expected
-    assert_allclose([value, parts], [expected_value, expected_parts], rtol=tolerance)
+    assert_allclose(got[1], expected[1], rtol=tolerance)
     for (path, mine), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected_gradients), strict=True
+        jax.tree_util.tree_leaves_with_path(got[0]), jax.tree.leaves(expected[0]), strict=True
     ):
         assert_allclose(mine, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=str(path))
 
@@ -135,11 +127,11 @@ def test_editing_a_document_leaves_its_neighbour_alone(config, backend):
     """Bitwise; and inside the document that is edited, all that stands before the edit."""
     batch = rows(split=False)
     run = functools.partial(logits(config, backend), params(config))
-    before, segments = np.asarray(run(batch)), np.asarray(batch["segments"][0])
+    before, segments = np.asarray(run(batch)), np.asarray(batch.segment_ids[0])
     for edited in range(LENGTH):
-        tokens = np.array(batch["tokens"])
+        tokens = np.array(batch.tokens)
         tokens[0, edited] += 1
-        after = np.asarray(run(batch | {"tokens": tokens}))
+        after = np.asarray(run(batch._replace(tokens=tokens)))
         same = (segments != segments[edited]) | (np.arange(LENGTH) < edited)
         np.testing.assert_array_equal(after[0, same], before[0, same])
         if segments[edited]:
@@ -183,10 +175,10 @@ def test_bfloat16_products_and_float32_sums(config, backend):
 
 def test_bfloat16_is_near_float32():
     batch = rows(split=False)
-    (value, _), gradients = gradient(ODD, dtype="bfloat16", remat="dots")(params(ODD), batch)
-    (expected, _), expected_gradients = gradient(ODD)(params(ODD), batch)
-    assert_allclose(value, expected, rtol=0.01)
-    for mine, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+    got, loss = gradient(ODD, dtype="bfloat16", remat="dots")(params(ODD), batch)
+    expected, expected_loss = gradient(ODD)(params(ODD), batch)
+    assert_allclose(loss, expected_loss, rtol=0.01)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(mine - theirs) < 0.05 * np.linalg.norm(theirs)
 
 
@@ -195,14 +187,14 @@ def test_captured_values(backend):
     """Maps and hidden states are those that the result is made of, whatever the backend."""
     batch = rows(split=False)
 
-    def run(params, capture):
+    def run(params, batch, capture):
         model = blueprint(ODD, Compute(attention=backend)).bind(params)
-        out = model(batch["tokens"], batch["positions"], batch["segments"], capture=capture)
+        out = model(batch.tokens, batch.positions, batch.segment_ids, capture=capture)
         last = None if out.aux is None else model.norm(out.aux["hidden"][-1])
         return out, last
 
-    plain, _ = jax.jit(functools.partial(run, capture=False))(params(ODD))
-    captured, last = jax.jit(functools.partial(run, capture=True))(params(ODD))
+    plain, _ = jax.jit(functools.partial(run, capture=False))(params(ODD), batch)
+    captured, last = jax.jit(functools.partial(run, capture=True))(params(ODD), batch)
     assert plain.aux is None and plain.cache is None
     assert_allclose(captured.hidden, plain.hidden, atol=1e-5)
     assert_allclose(last, captured.hidden, atol=1e-6)
@@ -210,7 +202,7 @@ def test_captured_values(backend):
     assert maps.shape == (3, 3, 2, 3, LENGTH, LENGTH)
     assert_allclose(maps.sum(-1), 1, rtol=1e-5)
     i, j = np.indices((LENGTH, LENGTH))
-    segments = np.asarray(batch["segments"][0])
+    segments = np.asarray(batch.segment_ids[0])
     visible = (j <= i) & (i - j < 7) & (segments[:, None] == segments)
     assert np.all((np.asarray(maps[:, 0]) > 0) == visible)
 

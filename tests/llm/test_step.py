@@ -1,4 +1,4 @@
-"""The training step through production code: meshes, accumulation, packing, optimizers."""
+"""The training step through production code: meshes, accumulation, optimizers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from core.options import MeshConfig, OptimizerConfig
 from llm.config import TrainConfig
 from llm.data.loader import Batch
 from llm.model.config import ModelConfig
-from llm.model.transformer import Compute, blueprint
-from llm.step import gradients, init_state, jit_train_step, local_rows, put_batch
+from llm.model.transformer import blueprint
+from llm.step import init_state, jit_train_step, local_rows, put_batch
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -106,57 +106,6 @@ def test_every_parameter_moves():
         jax.tree.map(lambda a, b: np.abs(a - b).max(), before, one_device()[1])
     ):
         assert moved > 0, path
-
-
-def test_packed_equals_unpacked():
-    """Documents side by side in a row cost, and pull, what they do each in a row of their own."""
-    rng = np.random.default_rng(0)
-    lengths = [5, 11, 16]
-    tokens = rng.integers(0, MODEL.vocab_size, sum(lengths) + 1).astype(np.int32)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-
-    def row(pieces):
-        """Pieces (start, end) of the stream as one row of LENGTH tokens, padded."""
-        used = sum(end - start for start, end in pieces)
-        pad = lambda parts: np.pad(np.concatenate(parts), (0, LENGTH - used))  # noqa: E731
-        return [
-            pad([tokens[a:b] for a, b in pieces]),
-            pad([tokens[a + 1 : b + 1] for a, b in pieces]),
-            pad([np.full(b - a, i + 1) for i, (a, b) in enumerate(pieces)]),
-            pad([np.arange(b - a) for a, b in pieces]),
-            pad([np.ones(b - a) for a, b in pieces]),
-        ]
-
-    def batch(rows):
-        columns = [np.stack(column) for column in zip(*rows, strict=True)]
-        return Batch(*(c.astype(np.int32) for c in columns[:4]), columns[4].astype(np.float32))
-
-    pieces = list(zip(starts, ends, strict=True))
-    model = blueprint(MODEL)
-    params = model.init(jax.random.key(1))
-    of = jax.jit(functools.partial(gradients, model, TRAIN))
-    packed_gradients, packed_loss = of(params, batch([row(pieces)]))
-    alone_gradients, alone_loss = of(params, batch([row([piece]) for piece in pieces]))
-    assert_allclose(packed_loss, alone_loss, rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(packed_gradients), jax.tree.leaves(alone_gradients), strict=True):
-        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": False}, {"attention": "blockwise"}],
-    ids=str,
-)
-def test_how_it_is_computed_does_not_change_what(changes):
-    params = blueprint(MODEL).init(jax.random.key(1))
-    batch = packed_batch(0)
-    expected, loss = jax.jit(functools.partial(gradients, blueprint(MODEL), TRAIN))(params, batch)
-    model = blueprint(MODEL, dataclasses.replace(Compute(), **changes))
-    got, got_loss = jax.jit(functools.partial(gradients, model, TRAIN))(params, batch)
-    assert_allclose(got_loss, loss, rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_adamw_is_torchs():
