@@ -69,9 +69,9 @@ class OptimizerConfig:
     decay_fraction: float = Field(0.2, ge=0, le=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0)
+    epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    clip_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 @config
