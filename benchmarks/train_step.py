@@ -31,7 +31,7 @@ from benchmarks.train_step_worker import VARIANTS, Shape
 
 SHAPES = {
     "14m": Shape(16, 256, vocab=8192, layers=6, embed=384, heads=6, kv_heads=6, head=64, mlp=1024),
-    "quickstart": Shape(8, 256, vocab=4096, layers=4, embed=256, heads=4, kv_heads=2, head=64, mlp=768),
+    "quickstart": Shape(4, 256, vocab=2048, layers=4, embed=128, heads=2, kv_heads=2, head=64, mlp=384),
     "1b": Shape(2, 4096, vocab=32768, layers=16, embed=2048, heads=32, kv_heads=8, head=64, mlp=8192),
 }
 
