@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from core.devices import keep_freed_memory
+
 # The 14M-parameter Llama of benchmarks/train_step.py, embeddings tied.
 VOCAB, LAYERS, EMBED, HEADS, HEAD, MLP = 8192, 6, 384, 6, 64, 1024
 VARIANTS = ("ours", "transformers")
@@ -96,6 +98,7 @@ def ask(worker: subprocess.Popen, request: dict[str, Any]) -> dict[str, Any]:
 def work(name: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a framework prints goes to stderr
+    keep_freed_memory()  # for both, as commands of ours do
     generate = {"ours": load_ours, "transformers": load_transformers}[name](weights())
     for line in sys.stdin:
         request = json.loads(line)
