@@ -86,12 +86,14 @@ def _forward(q, k, v, q_segments, kv_segments, window):
 
 def _backward(window, residuals, g):
     """Maps are formed transposed, keys before queries: all products but that of dq then read them as they
-    lie, and that one copies the keys instead, which are smaller.
+    lie, and that one reads the keys transposed, which are smaller.
     """
     q, k, v, segments, out, log_sums = residuals
     groups, scale, dtype = k.shape[2], q.shape[-1] ** -0.5, q.dtype
     scaled = _split_heads(q * jnp.asarray(scale, dtype), groups)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    # Behind a barrier, else XLA reads the keys as they lie, by a product that it lacks for bfloat16.
+    turned = jax.lax.optimization_barrier(keys.swapaxes(2, 3))
     g_heads = _split_heads(g, groups)
     # d score = weight * (d weight - <d out, out>): the row sum of the softmax's derivative.
     inner = _split_heads((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), groups)
@@ -107,7 +109,7 @@ def _backward(window, residuals, g):
         d_scores = (weights * (d_weights - inner[..., rows])).astype(dtype)
         dv = dv.at[:, :, cols].add(_einsum("bgjri,bgrik->bgjk", weights.astype(dtype), g_rows))
         dk = dk.at[:, :, cols].add(_einsum("bgjri,bgrik->bgjk", d_scores, q_rows))
-        dq.append(_einsum("bgjk,bgjri->bgkri", k_cols, d_scores) * scale)
+        dq.append(_einsum("bgkj,bgjri->bgkri", turned[..., cols], d_scores) * scale)
     return (
         _join_heads(jnp.concatenate(dq, axis=4).transpose(0, 1, 3, 4, 2)).astype(q.dtype),
         dk.transpose(0, 2, 1, 3).astype(k.dtype),
