@@ -134,7 +134,7 @@ def measure(what: str, name: str, path: str, vocabulary: str) -> dict:
 def measure_encoder(name: str, texts: list[str], vocab_size: int) -> dict:
     from llm.tokenizer import Tokenizer, save, train_bpe
 
-    bpe = train_bpe(texts, vocab_size, progress=False)
+    bpe = train_bpe(texts, vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         save(bpe, folder)
         engine = Tokenizer.load(folder)
@@ -148,7 +148,7 @@ def train_ours(texts: list[str], vocab_size: int) -> Callable[[], list]:
     from llm.tokenizer import train_bpe
     from llm.tokenizer.bpe import BYTE_TO_CHAR
 
-    bpe = train_bpe(texts, vocab_size, special_tokens=(), progress=False)
+    bpe = train_bpe(texts, vocab_size, special_tokens=())
     spelled = ["".join(BYTE_TO_CHAR[byte] for byte in token) for token in bpe.vocabulary]
     return lambda: [[spelled[left], spelled[right]] for left, right in bpe.merges]
 

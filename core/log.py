@@ -7,20 +7,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from rich import filesize
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-def setup() -> None:
-    """Show our own messages from INFO on, and other libraries' from WARNING on."""
+def setup(*packages: str) -> None:
+    """Show messages of `core` and `packages` from INFO on, and other libraries' from WARNING on."""
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setFormatter(_LevelFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for package in ("core", "llm"):
+    for package in ("core", *packages):
         logging.getLogger(package).setLevel(logging.INFO)
 
 
@@ -31,28 +32,37 @@ class _LevelFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with the time left; call `update(done, status)`. Without a terminal, a line now and then."""
+def progress(
+    name: str, total: int | None, done: int = 0, show: Callable[[int], str] = "{:,}".format
+) -> Iterator[Callable[..., None]]:
+    """A bar with the time left; call `update(done, status="")`. Without a terminal, a line now and then.
+
+    Args:
+        total: None where it is not known.
+        show: how an amount is written, for example `in_bytes`.
+    """
+    of_total = "" if total is None else f"/{show(total)}"
     if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-        )
+        columns = ("{task.description}", BarColumn(), "{task.fields[status]}", TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(name, total=total, completed=done, status="")
-            yield lambda done, status: bar.update(task, completed=done, status=status)
+
+            def move(done: int, status: str = "") -> None:
+                bar.update(task, completed=done, status=f"{show(done)}{of_total}  {status}")
+
+            yield move
         return
     started, first, last = time.monotonic(), done, -_SECONDS_BETWEEN_LINES
 
-    def update(done: int, status: str) -> None:
+    def update(done: int, status: str = "") -> None:
         nonlocal last
         now = time.monotonic() - started
         if now - last >= _SECONDS_BETWEEN_LINES or done == total:
             last = now
-            left = now * (total - done) / max(1, done - first)
-            console.print(f"{name} {done}/{total}  {status}  {left:.0f}s left", soft_wrap=True)
+            left = "" if total is None else f"  {now * (total - done) / max(1, done - first):.0f}s left"
+            console.print(f"{name} {show(done)}{of_total}  {status}{left}", soft_wrap=True)
 
     yield update
+
+
+in_bytes = filesize.decimal

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     run = RunFolder.open(args.run)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
-    log.setup()
+    log.setup("llm")
     devices.prepare()
     from llm.sampling import Sampling
 

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     experiment = load(Experiment, args.config, args.overrides)
-    log.setup()
+    log.setup("llm")
     devices.prepare()
     from llm.loop import train  # only now, so that --help and mistakes in a config answer at once
 

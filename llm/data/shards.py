@@ -18,7 +18,6 @@ what has a name is finished, and after a kill or on a full disk nothing of it is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
@@ -30,11 +29,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from core.errors import UserError
 from core.files import sync_folder, write_atomically
+from core.log import in_bytes, progress
 from llm.data.corpus import SPLITS, Corpus, Document
 from llm.tokenizer import Tokenizer
 
@@ -58,7 +56,14 @@ def build_shards(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_bytes
     folder.mkdir(parents=True, exist_ok=True)
     missing = [k for k in range(num_shards(corpus, shard_bytes)) if not shard_folder(folder, k).exists()]
     if missing:
-        with _progress(min(corpus.num_bytes, len(missing) * shard_bytes)) as advance:
+        documents = done = 0
+        with progress("tokenizing", min(corpus.num_bytes, len(missing) * shard_bytes), show=in_bytes) as update:
+
+            def advance(more: int, size: int) -> None:
+                nonlocal documents, done
+                documents, done = documents + more, done + size
+                update(done, f"{documents:,} documents")
+
             for number in missing:
                 build_shard(corpus, tokenizer, folder, number, shard_bytes, advance)
     if missing or not (folder / "index.json").exists():
@@ -210,19 +215,3 @@ def _counts(folder: Path) -> dict[str, int]:
     sizes = np.load(folder / "bytes.npy")
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     return {"documents": len(sizes), "tokens": len(tokens), "bytes": int(sizes.sum(dtype=np.int64))}
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Advance]:
-    columns = ("tokenizing", BarColumn(), TextColumn("{task.fields[documents]:,} documents"))
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as progress:
-        task = progress.add_task("", total=total, documents=0)
-
-        def advance(documents: int, size: int) -> None:
-            progress.update(
-                task, advance=size, documents=progress.tasks[task].fields["documents"] + documents
-            )
-
-        yield advance

@@ -17,9 +17,8 @@ def save(bpe: BPE, folder: str | Path) -> None:
     """Write both files into `folder`; once `tokenizer.json` is there, the tokenizer is complete.
 
     Raises:
-        UserError: if the folder holds a tokenizer already, or `bpe` lacks a token that marks the begin or the
-        end of
-            a text or fills a batch.
+        UserError: if the folder holds a tokenizer already, or `bpe` lacks a token that marks the begin or
+            the end of a text or fills a batch.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -55,32 +54,6 @@ def refuse_existing(folder: Path) -> None:
         raise UserError(f"{folder} is a file: name a folder for the tokenizer")
     if (folder / TOKENIZER).exists():
         raise UserError(f"{folder} already holds a tokenizer: name another folder, or remove that one")
-
-
-def load_bpe(folder: str | Path) -> BPE:
-    """Read a from-scratch tokenizer back from what `save` wrote.
-
-    Raises:
-        UserError: if there is no tokenizer, or one of another make (which `Tokenizer.load` may read).
-    """
-    path = Path(folder) / TOKENIZER
-    data = json.loads(read(path))
-    try:
-        ids = data["model"]["vocab"]
-        regex = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        bpe = BPE(
-            merges=tuple((ids[left], ids[right]) for left, right in data["model"]["merges"]),
-            special_tokens=tuple(token["content"] for token in data["added_tokens"]),
-            pattern=next(name for name, pattern in PATTERNS.items() if pattern == regex),
-        )
-        ours = to_json(bpe)
-        if any(ours[key] != data[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")):
-            raise ValueError
-    except (KeyError, IndexError, TypeError, ValueError, StopIteration):
-        raise UserError(
-            f"{path} is not of this project's make: it was changed, or trained elsewhere"
-        ) from None
-    return bpe
 
 
 def read(path: Path) -> bytes:

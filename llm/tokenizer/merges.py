@@ -34,12 +34,12 @@ from llm.tokenizer.bpe import BYTE_ORDER
 
 _NONE = -1  # between words, and where a token was merged into the one before it
 _REFILL = 4096  # waiting pairs that enter the queue at a time, about
-_REPORT = 100  # merges between two calls of `advance`
+_REPORT = 100  # merges between two calls of `update`
 _LOW = 0xFFFF_FFFF
 
 
 def learn_merges(
-    counts: Mapping[str, int], limit: int, advance: Callable[[int], None] = lambda merges: None
+    counts: Mapping[str, int], limit: int, update: Callable[[int], None] = lambda merges: None
 ) -> list[tuple[int, int]]:
     """Up to `limit` merges, as pairs of ids, in the order learned; fewer if no pair is left.
 
@@ -47,7 +47,7 @@ def learn_merges(
 
     Args:
         counts: words and how often each occurs.
-        advance: called with the number of merges since the last call.
+        update: called now and then with the number of merges so far.
     """
     words = _Words(counts)
     queue = _Queue(words)
@@ -58,8 +58,8 @@ def learn_merges(
         merges.append((left, right))
         queue.add_neighbors(token, words.merge(left, right, positions, token))
         if len(merges) % _REPORT == 0:
-            advance(_REPORT)
-    advance(len(merges) % _REPORT)
+            update(len(merges))
+    update(len(merges))
     return merges
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from core.errors import UserError
 from llm.tokenizer.bpe import BPE, BYTE_ORDER, SPECIAL_TOKENS, check_special_tokens
@@ -16,18 +15,16 @@ def train_bpe(
     vocab_size: int,
     pattern: str = "llama3",
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
-    progress: bool = True,
     size: int | None = None,
     name: str = "vocab_size",
 ) -> BPE:
-    """Learn a tokenizer from `texts`, which are read once and never held together.
+    """Learn a tokenizer from `texts`, which are read once and never held together, under a progress bar.
 
     The result depends on the texts alone, neither on their order nor on the number of cores. A script that
     calls this needs the usual `if __name__ == "__main__":`, since words are counted in spawned processes.
 
     Args:
         vocab_size: number of ids: 256 bytes, merges and special tokens together.
-        progress: show progress on standard error.
         size: bytes of UTF-8 in all texts, if known, so that progress can tell the time left.
         name: what the user knows `vocab_size` by.
 
@@ -35,7 +32,8 @@ def train_bpe(
         UserError: for a vocabulary that is smaller than bytes and special tokens, or larger than the corpus
             supports; for an empty corpus, an unknown pattern, or a special token that can't be one.
     """
-    # Here, for the sake of the processes that count words: they import this package, and need no NumPy.
+    # Here, for the sake of the processes that count words: they import this package, and need none of it.
+    from core.log import in_bytes, progress
     from llm.tokenizer.merges import learn_merges
 
     splitter(pattern)
@@ -46,12 +44,12 @@ def train_bpe(
             f"{name} ({vocab_size}) is too small: {len(BYTE_ORDER)} bytes and {len(special_tokens)} "
             f"special tokens already make {smallest}"
         )
-    with _bar(progress, "counting words ", size, "bytes") as advance:
-        counts = count_words(texts, pattern, advance=advance)
+    with progress("counting words", size, show=in_bytes) as update:
+        counts = count_words(texts, pattern, update=update)
     if not counts:
         raise UserError("the corpus is empty: there is no text to learn a tokenizer from")
-    with _bar(progress, "learning merges", vocab_size - smallest, "number") as advance:
-        merges = learn_merges(counts, vocab_size - smallest, advance)
+    with progress("learning merges", vocab_size - smallest) as update:
+        merges = learn_merges(counts, vocab_size - smallest, update)
     supported = smallest + len(merges)
     if supported < vocab_size:
         raise UserError(
@@ -59,15 +57,3 @@ def train_bpe(
             f"words make at most {supported} tokens; ask for that, or give more text"
         )
     return BPE(tuple(merges), tuple(special_tokens), pattern)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = ("{task.description}", BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -22,7 +22,7 @@ def count_words(
     texts: Iterable[str],
     pattern: str,
     processes: int | None = None,
-    advance: Callable[[int], None] = lambda size: None,
+    update: Callable[[int], None] = lambda size: None,
 ) -> Counter[str]:
     """How often each piece of the split pattern occurs in all `texts`, which are read once.
 
@@ -33,20 +33,22 @@ def count_words(
 
     Args:
         processes: workers; None for one per core.
-        advance: called with the number of bytes counted since the last call.
+        update: called now and then with the number of bytes counted so far.
     """
     count = functools.partial(_count, pattern)
     processes = processes or os.cpu_count() or 1
     batches = _batches(texts)
     head = list(itertools.islice(batches, 3 if processes > 1 else 0))
     total: Counter[str] = Counter()
+    done = 0
     batches = itertools.chain(head, batches)
     many = len(head) == 3
     for words, size in _in_processes(count, batches, processes) if many else map(count, batches):
         # Counter.update would do this loop twice as slowly.
         for word, n in words.items():
             total[word] += n
-        advance(size)
+        done += size
+        update(done)
     return total
 
 

@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("tokenizer")
-    save(train_bpe((d.text for d in open_corpus([text]).documents("train")), 300, progress=False), folder)
+    save(train_bpe((d.text for d in open_corpus([text]).documents("train")), 300), folder)
     return Tokenizer.load(folder)
 
 
@@ -197,7 +197,7 @@ def test_another_corpus_split_or_tokenizer_is_another_key(tmp_path, text, tokeni
     keys.add(shards_key(open_corpus([source], heldout_fraction=0.9), tokenizer))
     (tmp_path / "b.txt").write_text("This was the document b.\n")
     keys.add(shards_key(open_corpus([source]), tokenizer))
-    save(train_bpe(["other words, other merges"], 270, progress=False), tmp_path / "other")
+    save(train_bpe(["other words, other merges"], 270), tmp_path / "other")
     keys.add(shards_key(open_corpus([source]), Tokenizer.load(tmp_path / "other")))
     assert len(keys) == 5
 

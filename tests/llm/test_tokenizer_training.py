@@ -86,7 +86,7 @@ def naive_merges(counts: dict[str, int], limit: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_merges_equal_the_reference_trainer_on_source_code(pattern):
     texts = stdlib_sources(1_500_000)
-    bpe = train_bpe(texts, 4096, pattern, special_tokens=(), progress=False)
+    bpe = train_bpe(texts, 4096, pattern, special_tokens=())
     assert spelled(bpe) == reference_merges(texts, 4096, pattern)
 
 
@@ -162,11 +162,11 @@ def test_memory_grows_with_distinct_words_and_not_with_the_text(monkeypatch):
 def test_a_vocabulary_larger_than_the_corpus_supports_is_told_with_the_largest_that_it_does():
     texts = ["low lower lowest", "new newer newest"]
     with pytest.raises(UserError, match=r"vocab_size \(500\) .* at most (\d+) tokens") as raised:
-        train_bpe(texts, 500, progress=False)
+        train_bpe(texts, 500)
     largest = int(str(raised.value).split("at most ")[1].split()[0])
-    assert train_bpe(texts, largest, progress=False).vocab_size == largest
+    assert train_bpe(texts, largest).vocab_size == largest
     with pytest.raises(UserError, match="larger than this corpus supports"):
-        train_bpe(texts, largest + 1, progress=False)
+        train_bpe(texts, largest + 1)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_a_vocabulary_larger_than_the_corpus_supports_is_told_with_the_largest_t
 )
 def test_what_cannot_be_trained_is_named(options, message):
     with pytest.raises(UserError) as raised:
-        train_bpe(**{"texts": ["some text"], "vocab_size": 264, "progress": False} | options)
+        train_bpe(**{"texts": ["some text"], "vocab_size": 264} | options)
     assert message in str(raised.value)
 
 
 def test_vocabulary_is_bytes_then_merges_then_special_tokens():
-    bpe = train_bpe(["aaaa bbbb " * 9], 264, progress=False)
+    bpe = train_bpe(["aaaa bbbb " * 9], 264)
     assert bpe.vocab_size == 264
     assert sorted(bpe.vocabulary[:256]) == [bytes([byte]) for byte in range(256)]
     assert bpe.vocabulary[256:] == tuple(
