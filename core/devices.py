@@ -62,10 +62,10 @@ def prepare() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation; elsewhere, nothing. Call it before threads start.
+    """Let glibc keep what is freed for the next allocation; elsewhere, nothing. Before threads start.
 
-    XLA allocates the temporaries of a program at each execution. By default glibc returns such large blocks to
-    the system when freed, those of threads too, so that every step would fault in all its pages again.
+    XLA allocates the temporaries of a program at each execution. By default glibc returns such large
+    blocks to the system when freed, so that every step would fault in all its pages again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

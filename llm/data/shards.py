@@ -57,7 +57,8 @@ def build_shards(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_bytes
     missing = [k for k in range(num_shards(corpus, shard_bytes)) if not shard_folder(folder, k).exists()]
     if missing:
         documents = done = 0
-        with progress("tokenizing", min(corpus.num_bytes, len(missing) * shard_bytes), show=in_bytes) as update:
+        size = min(corpus.num_bytes, len(missing) * shard_bytes)
+        with progress("tokenizing", size, show=in_bytes) as update:
 
             def advance(more: int, size: int) -> None:
                 nonlocal documents, done
