@@ -47,6 +47,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="then from the likeliest of those that make up P"
     )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="end after this token too, a special one's name or text that is one token; any number of times",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text; default: 0")
     parser.add_argument(
         "--json",
@@ -62,6 +69,7 @@ def main(argv: list[str]) -> None:
     run = RunFolder.open(args.run)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
+    stop = stop_ids(tokenizer) + [token_id(tokenizer, token) for token in args.stop]
     log.setup("llm")
     devices.prepare()
     from llm.sampling import Sampling
@@ -69,10 +77,10 @@ def main(argv: list[str]) -> None:
     sampling = Sampling.of(args.temperature, args.top_k, args.top_p)
     params = _load_params(run, experiment.model)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompts]
-    _generate(args, experiment, tokenizer, params, prompts, sampling)
+    _generate(args, experiment, tokenizer, params, prompts, sampling, stop)
 
 
-def _generate(args, experiment: Experiment, tokenizer: Tokenizer, params, prompts, sampling) -> None:
+def _generate(args, experiment: Experiment, tokenizer: Tokenizer, params, prompts, sampling, stop) -> None:
     import jax
 
     from llm.decode import Completion, stream
@@ -89,7 +97,7 @@ def _generate(args, experiment: Experiment, tokenizer: Tokenizer, params, prompt
         keys,
         sampling,
         args.max_new_tokens,
-        stop_ids(tokenizer),
+        stop,
         experiment.train.dtype,
     ):
         for row, piece in zip(rows, pieces, strict=True):
@@ -172,6 +180,21 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a text."""
     return [boundaries(tokenizer)[1]]
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token by name, or of a text that is one token.
+
+    Raises:
+        UserError: if the text is not one token.
+    """
+    ids = [tokenizer.special_ids[token]] if token in tokenizer.special_ids else tokenizer.encode(token)
+    if len(ids) != 1:
+        pieces = [text_of(tokenizer, [i]) for i in ids]
+        raise UserError(
+            f"--stop {token!r} is not one token but {pieces}; special ones are {[*tokenizer.special_ids]}"
+        )
+    return ids[0]
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -19,7 +19,7 @@ from core.config import load, parse
 from core.errors import UserError
 from llm import generate
 from llm.config import Experiment
-from llm.generate import TextDecoder, encode_prompt, sample_texts, text_of
+from llm.generate import TextDecoder, encode_prompt, sample_texts, text_of, token_id
 from llm.loop import train
 from llm.model.transformer import blueprint
 from llm.tokenizer.tokenizer import Tokenizer
@@ -114,6 +114,16 @@ def test_generation_stops_at_the_end_of_text(trained):
     assert sample_texts(config, params, tokenizer, ["a", "b"], 5) == ["", ""]
 
 
+def test_a_stop_token_ends_the_text(command, trained):
+    settings = ("--prompt", "def ", "--max-new-tokens", "30", "--temperature", "2", "--json")
+    ids = json.loads(command(*settings)[0])["token_ids"]
+    tokenizer = Tokenizer.load(trained / "tokenizer")
+    stop = next(i for i in ids[3:] if tokenizer.encode(text_of(tokenizer, [i])) == [i])
+    stopped = json.loads(command(*settings, "--stop", text_of(tokenizer, [stop]))[0])["token_ids"]
+    assert stopped == ids[: ids.index(stop) + 1] != ids
+    assert [token_id(tokenizer, name) for name in tokenizer.special_ids] == [*tokenizer.special_ids.values()]
+
+
 def test_samples_end_with_the_context(trained):
     config = load(Experiment, trained / "config.yaml").model
     tokenizer = Tokenizer.load(trained / "tokenizer")
@@ -142,6 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(command, trained, tmp_path):
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "caf\udce9"], r"--prompt is not UTF-8 at byte 3 \(0xe9\)"),
         (["--prompt", "a", "--seed", "10000000000"], "--seed 10000000000: choose one from 0 to 4294967295"),
+        (["--prompt", "a", "--stop", "a a"], r"--stop 'a a' is not one token but \['a',"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--top-p", "1.5"], "top-p is 1.5"),
         (["--prompt", "a", "--max-new-tokens", "100"], r"2 tokens and 100 new ones.*\(64\)"),
