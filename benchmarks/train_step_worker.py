@@ -129,7 +129,7 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
             learning_rate=LEARNING_RATE, schedule="constant", beta1=BETAS[0], beta2=BETAS[1],
             epsilon=EPSILON, weight_decay=DECAY, clip_norm=CLIP,
         ),
-        train.steps, model.decay,
+        train.steps, model.decay, model.axes,
     )  # fmt: skip
     mesh = make_mesh(MeshConfig())
     jax.set_mesh(mesh)

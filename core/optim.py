@@ -8,10 +8,13 @@ from typing import NamedTuple
 import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax import contrib
 
 from core.errors import UserError
 from core.module import Params
 from core.options import OptimizerConfig
+
+STACKED = ("layers", "experts")  # axes along which a parameter holds many matrices
 
 
 class Optimizer(NamedTuple):
@@ -22,8 +25,12 @@ class Optimizer(NamedTuple):
     clip_norm: float | None
 
 
-def make_optimizer(options: OptimizerConfig, steps: int, decay: Params) -> Optimizer:
-    """AdamW or SGD over `steps` steps; weight decay only where the pytree `decay` is True.
+def make_optimizer(options: OptimizerConfig, steps: int, decay: Params, axes: Params) -> Optimizer:
+    """The optimizer by name over `steps` steps.
+
+    Args:
+        decay: whether weight decay applies to each parameter.
+        axes: each parameter's logical axes.
 
     Raises:
         UserError: if a key of `options.rates` is the path of no parameter.
@@ -31,13 +38,43 @@ def make_optimizer(options: OptimizerConfig, steps: int, decay: Params) -> Optim
     schedule = learning_rate(options, steps)
     if options.name == "sgd":
         return Optimizer(optax.scale_by_learning_rate(schedule), schedule, options.clip_norm)
+    scale = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
     transform = optax.chain(
-        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon),
+        scale if options.name == "adamw" else _scale_by_muon(options.momentum, axes, scale),
         _scale_by_path(options.rates, decay),
         optax.add_decayed_weights(options.weight_decay, mask=decay),
         optax.scale_by_learning_rate(schedule),
     )
     return Optimizer(transform, schedule, options.clip_norm)
+
+
+def _scale_by_muon(momentum: float, axes: Params, adam: optax.GradientTransformation):
+    """Momentum orthogonalized by Newton-Schulz steps (Jordan 2024) for layers' matrices, `adam` for the rest.
+
+    One learning rate serves both: a matrix's update has the root mean square that Adam's usually has (Liu et
+    al. 2025, arXiv:2502.16982).
+    """
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    sides = jax.tree.map(lambda names: _sides(names) or optax.MaskedNode(), axes, is_leaf=is_axes)
+    labels = jax.tree.map(lambda names: "muon" if _sides(names) else "adam", axes, is_leaf=is_axes)
+
+    def match_adam(update: jax.Array, sides: contrib.MuonDimensionNumbers) -> jax.Array:
+        longer = max(math.prod(update.shape[axis] for axis in side) for side in sides)
+        return update * (0.2 * math.sqrt(longer))
+
+    muon = optax.chain(
+        contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=lambda _: sides),
+        optax.stateless(lambda updates, _: jax.tree.map(match_adam, updates, sides)),
+    )
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _sides(axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
+    """Which axes make the rows and the columns of a layer's matrix: `embed`, and all others not stacked."""
+    columns = tuple(i for i, axis in enumerate(axes) if axis not in (*STACKED, "embed"))
+    if axes[0] != "layers" or "embed" not in axes or not columns:
+        return None
+    return contrib.MuonDimensionNumbers((axes.index("embed"),), columns)
 
 
 def _scale_by_path(rates: dict[str, float], params: Params) -> optax.GradientTransformation:
@@ -84,6 +121,12 @@ def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: 
     """Shardings of the optimizer's state: moments as their parameters' (`params`), the rest replicated."""
     state = jax.eval_shape(optimizer.transform.init, shapes)
     everywhere = NamedSharding(mesh, PartitionSpec())
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  (a parameter of the other optimizer)
     return optax.tree_utils.tree_map_params(
-        optimizer.transform, lambda _, own: own, state, params, transform_non_params=lambda _: everywhere
+        optimizer.transform,
+        lambda moment, own: moment if masked(moment) else own,
+        state,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
     )

@@ -52,7 +52,7 @@ class MeshConfig:
 
 @config
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2017) or plain SGD, with warm-up and a decay of the learning rate.
+    """AdamW (Loshchilov & Hutter 2017), Muon or plain SGD, with warm-up and a decay of the learning rate.
 
     `cosine` falls from the peak to `final_fraction` of it over the whole run; `wsd` (warm-up, stable,
     decay; Hu et al. 2024, arXiv:2404.06395) holds the peak and falls linearly in the last `decay_fraction`,
@@ -60,7 +60,7 @@ class OptimizerConfig:
     by the path's beginning: an embedding of unit size learns little at the rate of a narrow matrix.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     rates: dict[str, float] = Field(default_factory=dict)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -69,6 +69,7 @@ class OptimizerConfig:
     decay_fraction: float = Field(0.2, ge=0, le=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(0.95, ge=0, lt=1)  # Muon's
     epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)

@@ -88,7 +88,7 @@ def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
         "%.1fM parameters on %d x %s; %s products, %s attention",
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
     )  # fmt: skip
-    return model, make_optimizer(experiment.optimizer, options.steps, model.decay)
+    return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
 
 
 def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:

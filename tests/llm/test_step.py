@@ -54,7 +54,7 @@ def run(options: MeshConfig, train: TrainConfig = TRAIN, optimizer: OptimizerCon
     """Five steps; metrics by step, and the parameters at the end."""
     model = blueprint(MODEL)
     mesh = make_mesh(options, devices)
-    tx = make_optimizer(optimizer, train.steps, model.decay)
+    tx = make_optimizer(optimizer, train.steps, model.decay, model.axes)
     with jax.set_mesh(mesh):
         state = init_state(model, tx, mesh, seed=0)
         step = jit_train_step(model, train, tx, mesh)
@@ -94,6 +94,14 @@ def test_sharded_equals_unsharded(options):
     assert_same_course(run(options), one_device())
 
 
+def test_muon_on_a_mesh_takes_the_same_course():
+    muon = OptimizerConfig(name="muon", learning_rate=0.02, schedule="constant", clip_norm=None)
+    alone = run(MeshConfig(data=1), optimizer=muon, devices=jax.devices()[:1])
+    sharded = run(MeshConfig(data=2, fsdp=2, tensor=2), optimizer=muon)
+    for ours, theirs in zip(sharded[0], alone[0], strict=True):
+        assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=2, tensor=2), MeshConfig(data=4)])
 def test_accumulation_is_exact_on_ragged_token_counts(mesh):
     train = dataclasses.replace(TRAIN, accumulation=4)
@@ -114,7 +122,7 @@ def test_adamw_is_torchs():
     options = OptimizerConfig(learning_rate=0.05, warmup_steps=2, weight_decay=0.3, clip_norm=0.5)
     rng = np.random.default_rng(0)
     start = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
-    optimizer = make_optimizer(options, 10, {"w": True, "b": False})
+    optimizer = make_optimizer(options, 10, {"w": True, "b": False}, {"w": (), "b": ()})
     params, state = jax.tree.map(jnp.asarray, start), optimizer.transform.init(start)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     adamw = torch.optim.AdamW(
@@ -139,13 +147,53 @@ def test_adamw_is_torchs():
         assert_allclose(params[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_muon_is_torchs_for_matrices_and_adam_for_the_rest():
+    """Against torch.optim.Muon, which rounds to bfloat16 and weighs the newest gradient a bit otherwise."""
+    torch = pytest.importorskip("torch")
+    options = OptimizerConfig(name="muon", learning_rate=0.1, schedule="constant", weight_decay=0.0)
+    shapes = {"up": (2, 16, 48), "out": (2, 4, 12, 16), "norm": (2, 16), "embedding": (32, 16)}
+    axes = {
+        "up": ("layers", "embed", "mlp"),
+        "out": ("layers", "heads", "head_dim", "embed"),
+        "norm": ("layers", "embed"),
+        "embedding": ("vocab", "embed"),
+    }
+    decay = dict.fromkeys(shapes, True)
+    muon, adamw = (
+        make_optimizer(dataclasses.replace(options, name=name), 10, decay, axes).transform
+        for name in ("muon", "adamw")
+    )
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    state, other = muon.init(params), adamw.init(params)
+    theirs = [torch.nn.Parameter(torch.zeros(16, 48)) for _ in range(4)]  # up, up, out, out of two layers
+    peer = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        rows = [*grads["up"], *(out.reshape(48, 16).T for out in grads["out"])]
+        for parameter, row in zip(theirs, rows, strict=True):
+            parameter.data.zero_()
+            parameter.grad = torch.tensor(np.ascontiguousarray(row))
+        peer.step()
+        updates, state = muon.update(grads, state, params)
+        expected, other = adamw.update(grads, other, params)
+        for name in ("norm", "embedding"):
+            assert_allclose(updates[name], expected[name], rtol=1e-6)
+        ours = [*updates["up"], *(out.reshape(48, 16).T for out in updates["out"])]
+        for mine, parameter in zip(ours, theirs, strict=True):
+            him = parameter.detach().numpy()
+            cosine = np.sum(mine * him) / np.linalg.norm(mine) / np.linalg.norm(him)
+            assert cosine > 0.98
+            assert_allclose(np.linalg.norm(mine), np.linalg.norm(him), rtol=0.1)
+
+
 def test_rates_multiply_the_updates_of_the_parameters_they_name():
     params = {"blocks": {"mlp": jnp.ones(3), "norm": jnp.ones(3)}, "block": jnp.ones(3)}
     grads, decay = jax.tree.map(jnp.ones_like, params), jax.tree.map(lambda _: True, params)
 
     def update(rates):
         options = OptimizerConfig(learning_rate=0.5, schedule="constant", weight_decay=0.1, rates=rates)
-        transform = make_optimizer(options, 10, decay).transform
+        transform = make_optimizer(options, 10, decay, decay).transform
         return transform.update(grads, transform.init(params), params)[0]
 
     # Adam's first update is the gradient's sign; weight decay keeps its own rate.
