@@ -13,7 +13,6 @@ from pathlib import Path
 
 _A100 = {"bfloat16": 312e12, "float32": 156e12}  # float32: TF32 on the tensor cores
 _H100 = {"bfloat16": 989e12, "float32": 494e12}
-_H100_NVL = {"bfloat16": 835e12, "float32": 417e12}
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {  # by JAX's `device_kind`, whole: A1000 is no A100
     "NVIDIA A100-SXM4-40GB": _A100,
@@ -22,9 +21,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {  # by JAX's `device_kind`, whole: A1
     "NVIDIA A100 80GB PCIe": _A100,
     "NVIDIA H100 80GB HBM3": _H100,
     "NVIDIA H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
-    "NVIDIA H100 NVL": _H100_NVL,
     "NVIDIA H200": _H100,
-    "NVIDIA H200 NVL": _H100_NVL,
     "NVIDIA B200": {"bfloat16": 2250e12, "float32": 1125e12},
     "TPU v4": {"bfloat16": 275e12},
     "TPU v5": {"bfloat16": 459e12},  # v5p

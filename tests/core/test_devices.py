@@ -14,7 +14,6 @@ from core.devices import peak_flops
         ("NVIDIA A100 80GB PCIe", 312e12, 156e12),
         ("NVIDIA H100 80GB HBM3", 989e12, 494e12),
         ("NVIDIA H100 PCIe", 756e12, 378e12),
-        ("NVIDIA H100 NVL", 835e12, 417e12),
         ("NVIDIA H200", 989e12, 494e12),
         ("TPU v4", 275e12, None),
         ("TPU v5", 459e12, None),
