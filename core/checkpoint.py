@@ -186,7 +186,7 @@ class Checkpointer:
     def _remove_unfinished(self) -> None:
         for path in self.folder.iterdir():
             if re.fullmatch(r"\d+\.(saving.*|deleting)", path.name):
-                for _ in range(10):  # writes that a failed save left behind may still be putting files there
+                for _ in range(50):  # writes that a failed save left behind may still be putting files there
                     shutil.rmtree(path, ignore_errors=True)
                     if not path.exists():
                         break

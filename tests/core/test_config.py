@@ -129,7 +129,7 @@ def test_extends_merges_by_key_and_errors_name_the_right_file(write):
         ("seed: null", "'seed' is None: input should be a valid integer"),
         ("optimizer: {beta1: yes}", "'optimizer.beta1' is True: input should be a valid number"),
         ("optimizer: {beta1: -1}", "'optimizer.beta1' is -1: input should be greater than or equal to 0"),
-        ("optimizer: {name: Adam}", "'optimizer.name' is 'Adam': input should be 'adamw' or 'sgd'"),
+        ("optimizer: {name: Adam}", "'optimizer.name' is 'Adam': input should be 'adamw', 'muon' or 'sgd'"),
         ("optimizer: 3", "'optimizer' is 3: input should be an object"),
         ("sources: abc", "'sources' is 'abc': input should be a valid array"),
         ("sources: [a, 3]", "'sources.1' is 3: input should be a valid string"),

@@ -115,12 +115,15 @@ def test_generation_stops_at_the_end_of_text(trained):
 
 
 def test_a_stop_token_ends_the_text(command, trained):
-    settings = ("--prompt", "def ", "--max-new-tokens", "30", "--temperature", "2", "--json")
-    ids = json.loads(command(*settings)[0])["token_ids"]
+    settings = [word for prompt in ("def ", "é", "def ") for word in ("--prompt", prompt)]
+    settings += ["--max-new-tokens", "30", "--temperature", "2", "--json"]
+    rows = [json.loads(line)["token_ids"] for line in command(*settings)[0].splitlines()]
     tokenizer = Tokenizer.load(trained / "tokenizer")
-    stop = next(i for i in ids[3:] if tokenizer.encode(text_of(tokenizer, [i])) == [i])
-    stopped = json.loads(command(*settings, "--stop", text_of(tokenizer, [stop]))[0])["token_ids"]
-    assert stopped == ids[: ids.index(stop) + 1] != ids
+    text = lambda i: text_of(tokenizer, [i])  # noqa: E731
+    stop = next(i for ids in rows for i in ids[:-1] if text(i) and tokenizer.encode(text(i)) == [i])
+    stopped = [json.loads(line) for line in command(*settings, "--stop", text(stop))[0].splitlines()]
+    expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in rows]
+    assert [answer["token_ids"] for answer in stopped] == expected != rows
     assert [token_id(tokenizer, name) for name in tokenizer.special_ids] == [*tokenizer.special_ids.values()]
 
 
