@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from numpy.testing import assert_allclose
+from tiny import random_params
 
 from core.errors import UserError
 from core.mesh import make_mesh, shardings
@@ -48,16 +49,7 @@ def config_of(shape: str) -> ModelConfig:
     return dataclasses.replace(LLAMA, **SHAPES[shape])
 
 
-@functools.cache
-def params_of(config: ModelConfig):
-    """Random values, so that biases and norms are neither 0 nor 1 and tokens drawn vary."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        mean = 1.0 if "scale" in str(path[-1]) else 0.0
-        return jnp.asarray(rng.normal(mean, 0.3, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, blueprint(config).shapes)
+params_of = functools.partial(random_params, deviation=0.3)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from programs import equations, products
+from tiny import random_params
 
 from llm.config import TrainConfig
 from llm.data.loader import Batch
@@ -53,16 +54,7 @@ LENGTH = 24
 DOCUMENTS = [9, 5, 7]  # and three tokens of padding
 
 
-@functools.cache
-def params(config: ModelConfig):
-    """Random values, so that biases and norms are neither 0 nor 1."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        mean = 1.0 if "scale" in str(path[-1]) else 0.0
-        return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, blueprint(config).shapes)
+params = functools.partial(random_params, deviation=0.2)
 
 
 def rows(split: bool) -> Batch:

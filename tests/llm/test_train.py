@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import copy_corpus, experiment
 
 import llm.eval.heldout
 import llm.generate
@@ -42,41 +43,7 @@ TIMES = ("tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_sec
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Small real text files: pieces of this project's own design, its code."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for path in sorted((ROOT / "core").glob("*.py")):
-        shutil.copy(path, folder)
-    return folder
-
-
-def experiment(corpus: Path, runs: Path, name: str = "run", **changes: dict) -> Experiment:
-    data = {
-        "run": {"name": name, "dir": str(runs)},
-        "data": {
-            "sources": [f"{corpus}/*.py"],
-            "sequence_length": 16,
-            "batch_size": 8,
-            "cache": str(corpus.parent / "cache"),
-        },
-        "model": {
-            "vocab_size": 300,
-            "num_layers": 2,
-            "embed_dim": 16,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 8,
-            "mlp_dim": 32,
-            "max_length": 32,
-            "tied_head": True,
-        },
-        "train": {"steps": 12, "attention": "reference"},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
-        "eval": {"every": 6, "batches": 2},
-        "checkpoint": {"every": 4},
-    }
-    for section, values in changes.items():
-        data.setdefault(section, {}).update(values)
-    return parse(Experiment, data)
+    return copy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
@@ -240,7 +207,7 @@ def test_resume_on_a_changed_corpus_is_refused(undisturbed, corpus, tmp_path):
     config = (tmp_path / "run/config.yaml").read_text().replace(str(corpus), str(tmp_path / "corpus"))
     (tmp_path / "run/config.yaml").write_text(config)
     changed = experiment(corpus, tmp_path, data={"sources": [f"{tmp_path}/corpus/*.py"]})
-    (tmp_path / "corpus/config.py").write_text("nothing = 'as it was before'\n" * 100)
+    (tmp_path / "corpus/headers.py").write_text("nothing = 'as it was before'\n" * 100)
     before = [(tmp_path / "run/tokenizer" / name).read_bytes() for name in TOKENIZER_FILES]
     with pytest.raises(UserError, match="corpus has changed since checkpoint 12"):
         train(changed, resume=True)
