@@ -133,7 +133,7 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
     )  # fmt: skip
     mesh = make_mesh(MeshConfig())
     jax.set_mesh(mesh)
-    state = init_state(model, optimizer, mesh, seed=0)
+    state = init_state(model, train, optimizer, mesh, seed=0)
     if not Path(spec["weights"]).exists():
         flat = jax.tree_util.tree_flatten_with_path(jax.device_get(state.params))[0]
         np.savez(spec["weights"], **{jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in flat})

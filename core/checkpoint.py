@@ -161,6 +161,14 @@ class Checkpointer:
         self._require_intact(step, ("meta", "params"))
         return self._restore(step, "params", target)
 
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints after `step`: the run leaves the course that they are of."""
+        self.wait()
+        if jax.process_index() == 0:
+            for later in [s for s in self.steps() if s > step]:
+                self._delete(later)
+        self._current, self._verified = None, {entry for entry in self._verified if entry[0] <= step}
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`, with `format` and `step`. Raises `UserError` as `restore` does."""
         self._require_intact(step, ("meta",))

@@ -81,3 +81,20 @@ class CheckpointConfig:
 
     every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+
+
+@config
+class DivergenceConfig:
+    """When training counts as having gone wrong (`core.divergence`), and what is done then.
+
+    The run goes back to its last good checkpoint and passes over the batches from `skip` before the first bad
+    step to `skip` after the last, at most `rewinds` times; the next time it stops.
+    """
+
+    threshold: float = Field(6.0, gt=0, allow_inf_nan=False)  # robust standard deviations above the median
+    patience: int = Field(3, ge=1)  # bad steps in a row, or bad evaluations of a watched metric
+    skip: int = Field(16, ge=0)
+    rewinds: int = Field(3, ge=0)
+    watch: dict[str, Literal["min", "max"]] = Field(
+        default_factory=dict
+    )  # evaluated metric: which way is better

@@ -26,8 +26,9 @@ from core.errors import UserError
 from core.files import write_atomically
 
 # What a resumed run may do otherwise than before: where it lies, the machine, and what it keeps and shows.
-# Nothing that decides which numbers are computed: not even `train.steps`, since schedules depend on it.
-MAY_CHANGE = ("run", "mesh", "checkpoint", "eval")
+# Nothing that decides which numbers are computed: not even `train.steps`, since schedules depend on it. (When
+# a run counts as diverging may change: that is what the user mends after it has stopped for it.)
+MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -52,6 +53,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """A flat JSON object a step; see `core.metrics`."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def rewinds(self) -> Path:
+        """What diverged and what was done about it: a JSON object for each time, see `llm.rewind`."""
+        return self.path / "rewinds.jsonl"
 
     @property
     def summary(self) -> Path:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config import config
-from core.options import CheckpointConfig, MeshConfig, OptimizerConfig, RunConfig
+from core.options import CheckpointConfig, DivergenceConfig, MeshConfig, OptimizerConfig, RunConfig
 from llm.model.config import ModelConfig
 
 
@@ -38,8 +38,11 @@ class TrainConfig:
     """The training step and how many of them."""
 
     steps: int = Field(ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
+    # Of the products; weights and sums stay float32. float16 brings dynamic loss scaling.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     accumulation: int = Field(1, ge=1)  # microbatches a step
+    # Decay per step of a moving average of the parameters, which is then the run's model; None: no average.
+    average: float | None = Field(None, gt=0, lt=1)
     z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
     loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
@@ -78,6 +81,7 @@ class Experiment:
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    divergence: DivergenceConfig = Field(default_factory=DivergenceConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     init: InitConfig = Field(default_factory=InitConfig)
 

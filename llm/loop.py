@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from core.checkpoint import Checkpointer
-from core.config import to_dict, to_yaml
+from core.config import to_dict
+from core.divergence import Alarm, Monitor
 from core.errors import UserError
 from core.log import progress
-from core.mesh import check_divides, make_mesh
-from core.metrics import MetricsWriter
-from core.module import Blueprint
-from core.optim import Optimizer, make_optimizer
-from core.run import RunFolder
+from core.metrics import MetricsWriter, read_metrics
+from core.run import RunFolder, plain
 from core.signals import Stop
 from llm.config import Experiment
 from llm.data.loader import Batch, train_batch
 from llm.data.prefetch import prefetch
 from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
-from llm.generate import encode_prompt, sample_texts
+from llm.generate import sample_texts
 from llm.meter import Meter
-from llm.model.attention import choose_backend
-from llm.model.transformer import Compute, blueprint
-from llm.prepare import Text, prepare, token_bytes
+from llm.prepare import token_bytes
 from llm.report import append_samples, finish
-from llm.start import first_state
-from llm.step import State, jit_train_step, local_rows, put_batch
-from llm.tokenizer import Tokenizer
+from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds
+from llm.setup import Setup, set_up
+from llm.start import first_state, state_at
+from llm.step import State, jit_train_step, local_rows, put_batch, split
 from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
 
 
-class Setup(NamedTuple):
-    """What a run is made of; nothing here changes while it trains."""
+class Programs(NamedTuple):
+    """What is compiled once for a run, however often it is rewound."""
 
-    experiment: Experiment
-    run: RunFolder
-    mesh: Mesh
-    model: Blueprint
-    optimizer: Optimizer
-    text: Text
+    train_step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    evaluate: Evaluate
 
 
 def train(experiment: Experiment, *, resume: bool = False, profile: int | None = None) -> None:
@@ -57,120 +49,138 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
     """
     if jax.process_count() > 1:
         raise UserError("training with several processes is not supported yet: start one")
-    mesh = make_mesh(experiment.mesh)
-    _check_mesh(experiment, mesh)
-    run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
-    text = prepare(experiment)
-    _check_prompts(experiment, text.tokenizer)
-    setup = Setup(experiment, run, mesh, *_model(experiment), text)
-    keep = experiment.checkpoint.keep
+    setup = set_up(experiment, resume)
+    run, steps, keep = setup.run, experiment.train.steps, experiment.checkpoint.keep
     # Signals are minded until the last save, which the checkpointer waits for, is on the disk.
-    with jax.set_mesh(mesh), Stop() as stop, Checkpointer(run.checkpoints, keep) as checkpointer:
-        state = first_state(experiment, setup.model, setup.optimizer, mesh, checkpointer, text)
-        start, steps = int(state.step), experiment.train.steps
+    with jax.set_mesh(setup.mesh), Stop() as stop, Checkpointer(run.checkpoints, keep) as checkpointer:
+        state = first_state(setup, checkpointer)
+        start = int(state.step)
         if profile is not None and not start < profile <= steps:
             raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
-        copy(text.tokenizer.folder, run.tokenizer)
-        state, samples = _run_steps(setup, state, checkpointer, stop, profile)
+        copy(setup.text.tokenizer.folder, run.tokenizer)
+        programs = _compile(setup)
+        state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
+        while isinstance(outcome, Alarm):
+            del state  # or the device would hold two of them
+            state = _rewind(setup, outcome, checkpointer)
+            state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
     done = int(state.step)
-    if done < experiment.train.steps:
+    if done < steps:
         _log.info("%s: saved step %d in %s; go on with --resume", stop.signal, done, run.path)
     else:
-        finish(run, experiment, text, setup.model.count, samples)
+        finish(run, experiment, setup.text, setup.model.count, outcome)
 
 
-def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
-    options = experiment.train
-    backend = choose_backend(options.attention, jax.default_backend())
-    model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
-    device = jax.devices()[0]
-    _log.info(
-        "%.1fM parameters on %d x %s; %s products, %s attention",
-        model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
-    )  # fmt: skip
-    return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
-
-
-def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
-    model, data = experiment.model, experiment.data
-    check_divides(
-        mesh,
-        {
-            "model.num_heads": ("heads", model.num_heads),
-            "model.num_kv_heads": ("kv_heads", model.num_kv_heads),
-            "model.embed_dim": ("embed", model.embed_dim),
-            "model.mlp_dim": ("mlp", model.mlp_dim),
-            "model.vocab_size": ("vocab", model.vocab_size),
-            "data.batch_size / train.accumulation": (
-                "act_batch",
-                data.batch_size // experiment.train.accumulation,
-            ),
-            "data.sequence_length": ("act_seq", data.sequence_length),
-        },
+def _compile(setup: Setup) -> Programs:
+    experiment, mesh = setup.experiment, setup.mesh
+    lengths = token_bytes(setup.text.tokenizer, experiment.model.vocab_size)
+    return Programs(
+        jit_train_step(setup.model, experiment.train, setup.optimizer, mesh),
+        make_evaluate(setup.model, experiment.train.loss_chunk, lengths, mesh),
     )
 
 
-def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    for prompt in experiment.eval.prompts:
-        length, most = len(encode_prompt(tokenizer, prompt)), experiment.model.max_length - 1
-        if length > most:
-            raise UserError(
-                f"eval.prompts: {prompt!r} is {length} tokens, and model.max_length leaves room for {most}"
-            )
-
-
 def _run_steps(
-    setup: Setup, state: State, checkpointer: Checkpointer, stop: Stop, profile: int | None
-) -> tuple[State, list[str]]:
-    """The state after the last step, and the samples of the last evaluation."""
+    setup: Setup,
+    programs: Programs,
+    state: State,
+    checkpointer: Checkpointer,
+    stop: Stop,
+    profile: int | None,
+) -> tuple[State, list[str] | Alarm]:
+    """The state after the last step and the samples of the last evaluation; or what went wrong before it."""
     experiment, run, mesh = setup.experiment, setup.run, setup.mesh
     steps, start = experiment.train.steps, int(state.step)
-    train_step = jit_train_step(setup.model, experiment.train, setup.optimizer, mesh)
-    lengths = token_bytes(setup.text.tokenizer, experiment.model.vocab_size)
-    evaluate = make_evaluate(setup.model, experiment.train.loss_chunk, lengths, mesh)
+    skipped = [rewind.skipped for rewind in read_rewinds(run.rewinds)]
+    batches = prefetch(_batches(setup, start, skipped))
     meter = Meter(experiment, mesh)
-    batches = prefetch(_batches(setup, start))
     samples: list[str] = []
     with (
+        contextlib.closing(batches),
         MetricsWriter(run, start) as writer,
         progress("training", steps, start) as update,
         contextlib.ExitStack() as tracing,
     ):
+        monitor = _monitor(setup)
         for step in range(start + 1, steps + 1):
             with meter.lap("data"):
                 batch = put_batch(next(batches), mesh)
             _profile(tracing, run, profile, step)
-            state, metrics = train_step(state, batch)
+            state, metrics = programs.train_step(state, batch)
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
             values |= meter.measure(step)
-            last = step == steps or stop.signal is not None
-            if step == steps or (experiment.eval.every and step % experiment.eval.every == 0):
+            alarm = monitor.observe(step, values)
+            if alarm is None and _is_due(experiment.eval.every, step, steps):
                 with meter.lap("evaluation"):
-                    values |= _evaluate(setup, evaluate, state, step)
-                    samples = _sample(setup, state, step)
+                    figures = _evaluate(setup, programs.evaluate, state, step)
+                    _require_watched(experiment, figures)
+                    alarm, values = monitor.observe_evaluation(step, figures), values | figures
+                    if alarm is None:
+                        samples = _sample(setup, state, step)
             writer.write(step, values)  # before the checkpoint that stands for having done this step
+            if alarm is not None:
+                return state, alarm
             update(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
-            if last or step % experiment.checkpoint.every == 0:
+            stopping = stop.signal is not None
+            if stopping or _is_due(experiment.checkpoint.every, step, steps):
                 with meter.lap("checkpoint"):
-                    _save(setup, state, step, checkpointer)
-            if last:
+                    _save(setup, state, step, skipped, checkpointer)
+            if stopping:
                 break
-    batches.close()
     return state, samples
 
 
-def _batches(setup: Setup, start: int) -> Iterator[Batch]:
+def _is_due(every: int, step: int, last: int) -> bool:
+    """Whether what happens each `every` steps and at the last one (0: at that one only) happens now."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _monitor(setup: Setup) -> Monitor:
+    """A monitor that has seen what the run's metrics hold."""
+    monitor = Monitor(setup.experiment.divergence)
+    for line in read_metrics(setup.run.metrics):
+        monitor.observe(int(line["step"]), line)
+        if "heldout_loss" in line:
+            monitor.observe_evaluation(int(line["step"]), line)
+    return monitor
+
+
+def _require_watched(experiment: Experiment, figures: dict[str, float]) -> None:
+    for name in experiment.divergence.watch:
+        if name not in figures:
+            raise UserError(f"divergence.watch: no evaluation has '{name}'; they have {', '.join(figures)}")
+
+
+def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
+    """The state to go on from after `alarm`; what was skipped and why is in the run's record."""
+    experiment, run = setup.experiment, setup.run
+    checkpointer.wait()
+    before = read_rewinds(run.rewinds)
+    rewind = plan(alarm, before, checkpointer.steps(), experiment.divergence)
+    lost = [line["loss"] for line in read_metrics(run.metrics) if line["step"] > rewind.restored]
+    # In this order: whatever a kill comes between, a resumed run goes on before the bad batches.
+    checkpointer.discard_after(rewind.restored)
+    append_rewind(run.rewinds, rewind._replace(lost_loss=[plain(loss) for loss in lost]))
+    _log.warning(
+        "step %d: %s; back to step %d, past batches %d to %d (%s)",
+        alarm.step, alarm.reason, rewind.restored, rewind.skipped[0], rewind.skipped[1] - 1, run.rewinds,
+    )  # fmt: skip
+    return state_at(setup, checkpointer, rewind.restored)
+
+
+def _batches(setup: Setup, start: int, skipped: Sequence[Span]) -> Iterator[Batch]:
     """This process's rows of the batch of each step from `start` on."""
     data = setup.experiment.data
     rows = local_rows(setup.mesh, (data.batch_size, data.sequence_length))
     for step in range(start, setup.experiment.train.steps):
-        yield train_batch(setup.text.train, step, data.batch_size, setup.experiment.seed, rows)
+        number = batch_of(step, skipped)
+        yield train_batch(setup.text.train, number, data.batch_size, setup.experiment.seed, rows)
 
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:
     final = step == setup.experiment.train.steps
     batches = evaluation_batches(setup.experiment, setup.text.heldout, setup.mesh, final=final)
-    return evaluate(state.params, batches)
+    return evaluate(state.model, batches)
 
 
 def _sample(setup: Setup, state: State, step: int) -> list[str]:
@@ -180,7 +190,7 @@ def _sample(setup: Setup, state: State, step: int) -> list[str]:
         return []
     texts = sample_texts(
         experiment.model,
-        state.params,
+        state.model,
         setup.text.tokenizer,
         options.prompts,
         options.sample_tokens,
@@ -191,13 +201,13 @@ def _sample(setup: Setup, state: State, step: int) -> list[str]:
     return samples
 
 
-def _save(setup: Setup, state: State, step: int, checkpointer: Checkpointer) -> None:
+def _save(setup: Setup, state: State, step: int, skipped: Sequence[Span], checkpointer: Checkpointer) -> None:
     meta = {
         "config": to_dict(setup.experiment),
-        "data": {"next_step": step, "skipped": []},
+        "data": {"next_step": batch_of(step, skipped), "skipped": merged(skipped)},
         **setup.text.identity,
     }
-    checkpointer.save(step, state.params, state.opt_state, meta)
+    checkpointer.save(step, *split(state), meta)
 
 
 def _profile(tracing: contextlib.ExitStack, run: RunFolder, first: int | None, step: int) -> None:

@@ -20,6 +20,7 @@ from llm.data.loader import Batch, TokenDataset, spread
 from llm.eval.baselines import baselines
 from llm.eval.heldout import evaluation_batches
 from llm.prepare import Text, token_bytes
+from llm.rewind import read_rewinds
 
 _UNIGRAM_SHARDS = 16  # of the training split, spread evenly, that the unigram model is fitted on
 
@@ -57,6 +58,7 @@ def finish(
         "train_seconds": sum(line["data_seconds"] + line["compute_seconds"] for line in metrics),
         "tokens": last["tokens"],
         "parameters": parameters,
+        "rewinds": len(read_rewinds(run.rewinds)),
         "corpus_fingerprint": text.corpus.fingerprint,
     }
     run.write_summary(summary)  # already now: the baselines take a while

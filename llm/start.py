@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 
@@ -14,61 +15,71 @@ from core.config import load
 from core.errors import UserError
 from core.mesh import shardings
 from core.module import Blueprint, Params
-from core.optim import Optimizer
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.model.transformer import blueprint
 from llm.prepare import Text
-from llm.step import State, init_state, state_shardings
+from llm.rewind import merged, read_rewinds
+from llm.setup import Setup
+from llm.step import State, first_step, init_state, join, split, state_shardings
 
 _log = logging.getLogger(__name__)
 
 
-def first_state(
-    experiment: Experiment,
-    model: Blueprint,
-    optimizer: Optimizer,
-    mesh: Mesh,
-    checkpointer: Checkpointer,
-    text: Text,
-) -> State:
-    """The newest intact checkpoint's state; without one, `init.from`'s weights or fresh ones at step 0.
+def first_state(setup: Setup, checkpointer: Checkpointer) -> State:
+    """The newest intact checkpoint's state; without one, that of step 0.
 
     Raises:
-        UserError: if the checkpoint was trained on another corpus than `text`, or with another tokenizer.
+        UserError: if the checkpoint was trained on another corpus or with another tokenizer, or passed over
+            batches that the run's record doesn't name.
     """
     step = checkpointer.newest_intact()
     if step is not None:
-        meta = checkpointer.read_meta(step)
-        if meta["corpus_fingerprint"] != text.identity["corpus_fingerprint"]:
-            raise UserError(
-                f"the corpus has changed since checkpoint {step} in {checkpointer.folder} was written: "
-                "restore it, or start another run (run.name) that begins from this one (init.from)"
-            )
-        if meta["tokens_fingerprint"] != text.identity["tokens_fingerprint"]:
-            raise UserError(
-                f"the tokenizer in {text.tokenizer.folder} is not the one that checkpoint {step} in "
-                f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
-            )
+        _require_same_text(checkpointer, step, setup.text)
+        _require_record(checkpointer, step, setup.run)
         _log.info("resuming from step %d", step)
-        return _restore(model, optimizer, mesh, checkpointer, step)
-    state = init_state(model, optimizer, mesh, experiment.seed)
-    if experiment.init.source is not None:
-        source = RunFolder.open(Path(experiment.init.source))
-        params = load_params(source, model, mesh)
-        return State(state.step, params, state.opt_state)
-    return state
+    return state_at(setup, checkpointer, step or 0)
 
 
-def _restore(
-    model: Blueprint, optimizer: Optimizer, mesh: Mesh, checkpointer: Checkpointer, step: int
-) -> State:
-    where = state_shardings(model, optimizer, mesh)
-    opt_shapes = jax.eval_shape(optimizer.transform.init, model.shapes)
-    params, opt_state = checkpointer.restore(
-        step, _targets(model.shapes, where.params), _targets(opt_shapes, where.opt_state)
-    )
-    return State(jax.device_put(jnp.int32(step), where.step), params, opt_state)
+def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
+    """The state that the checkpoint of `step` holds; at step 0, `init.from`'s weights or fresh ones."""
+    experiment, model, optimizer, mesh = setup.experiment, setup.model, setup.optimizer, setup.mesh
+    train = experiment.train
+    where = state_shardings(model, train, optimizer, mesh)
+    if step == 0:
+        if experiment.init.source is None:
+            return init_state(model, train, optimizer, mesh, experiment.seed)
+        params = load_params(RunFolder.open(Path(experiment.init.source)), model, mesh)
+        make = functools.partial(first_step, train, optimizer)
+        return jax.jit(make, out_shardings=where)(params)
+    shapes = jax.eval_shape(functools.partial(first_step, train, optimizer), model.shapes)
+    targets = map(_targets, split(shapes), split(where))
+    params, rest = checkpointer.restore(step, *targets)
+    return join(jax.device_put(jnp.int32(step), where.step), params, rest)
+
+
+def _require_same_text(checkpointer: Checkpointer, step: int, text: Text) -> None:
+    meta = checkpointer.read_meta(step)
+    if meta["corpus_fingerprint"] != text.identity["corpus_fingerprint"]:
+        raise UserError(
+            f"the corpus has changed since checkpoint {step} in {checkpointer.folder} was written: "
+            "restore it, or start another run (run.name) that begins from this one (init.from)"
+        )
+    if meta["tokens_fingerprint"] != text.identity["tokens_fingerprint"]:
+        raise UserError(
+            f"the tokenizer in {text.tokenizer.folder} is not the one that checkpoint {step} in "
+            f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
+        )
+
+
+def _require_record(checkpointer: Checkpointer, step: int, run: RunFolder) -> None:
+    recorded = [rewind.skipped for rewind in read_rewinds(run.rewinds)]
+    passed_over = [tuple(span) for span in checkpointer.read_meta(step)["data"]["skipped"]]
+    if merged([*recorded, *passed_over]) != merged(recorded):
+        raise UserError(
+            f"checkpoint {step} has passed over batches that {run.rewinds} doesn't name: bring that file "
+            "back, or later batches would be others than before"
+        )
 
 
 def load_params(run: RunFolder, model: Blueprint, mesh: Mesh) -> Params:

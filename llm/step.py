@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from core.loss_scale import LossScale, where_finite
 from core.mesh import shard, shardings
 from core.module import Blueprint, Params
 from core.optim import Optimizer, clip
@@ -27,6 +28,13 @@ class State(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
+    scale: LossScale | None = None  # in float16
+    average: Params | None = None  # of the parameters over past steps, where `train.average` asks for it
+
+    @property
+    def model(self) -> Params:
+        """The parameters that are evaluated, and that others read from a checkpoint."""
+        return self.params if self.average is None else self.average
 
 
 def loss_sum(
@@ -42,29 +50,31 @@ def loss_sum(
 
 
 def gradients(
-    blueprint: Blueprint, train: TrainConfig, params: Params, batch: Batch
+    blueprint: Blueprint,
+    train: TrainConfig,
+    params: Params,
+    batch: Batch,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Params, Float[Array, ""]]:
     """Mean gradient over the batch's weighted tokens, and the mean negative log-likelihood in nats.
 
-    Microbatches share one denominator, so that accumulation is exact where their token counts differ.
+    Microbatches share one denominator, so that accumulation is exact where their token counts differ. It
+    enters with the weights, as does `scale`, a factor on the loss while it is differentiated: so every
+    product of the backward pass, the head's included, has operands of the magnitude that float16 needs.
     """
     total = jnp.maximum(batch.weights.sum(), 1.0)
-
-    def of(microbatch: Batch):
-        def mean_loss(params):
-            objective, nll = loss_sum(blueprint, train, params, microbatch)
-            return objective / total, nll / total
-
-        return jax.grad(mean_loss, has_aux=True)(params)
-
+    batch = batch._replace(weights=batch.weights * (scale / total))
+    differentiate = jax.grad(lambda params, part: loss_sum(blueprint, train, params, part), has_aux=True)
     if train.accumulation == 1:
-        return of(batch)
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
-    return jax.lax.scan(
-        lambda sums, micro: (jax.tree.map(jnp.add, sums, of(micro)), None),
-        zeros,
-        jax.tree.map(lambda x: _split(x, train.accumulation), batch),
-    )[0]
+        sums = differentiate(params, batch)
+    else:
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, differentiate(params, part)), None),
+            zeros,
+            jax.tree.map(lambda x: _split(x, train.accumulation), batch),
+        )
+    return jax.tree.map(lambda x: x / scale, sums)
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:
@@ -89,37 +99,79 @@ def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimiz
     """The step as a plain function; `jit_train_step` compiles it for a mesh."""
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, loss = gradients(blueprint, train, state.params, batch)
+        scale = 1.0 if state.scale is None else state.scale.value
+        grads, loss = gradients(blueprint, train, state.params, batch, scale)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.transform.update(
             clip(grads, norm, optimizer.clip_norm), state.opt_state, state.params
         )
+        params, average = optax.apply_updates(state.params, updates), state.average
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.learning_rate(state.step)}
-        return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        if average is not None and train.average is not None:
+            average = _averaged(average, params, state.step, train.average)
+        new = State(state.step + 1, params, opt_state, state.scale, average)
+        if state.scale is not None:
+            finite = jnp.isfinite(norm)
+            kept = where_finite(finite, new, state._replace(step=new.step))
+            new = kept._replace(scale=state.scale.adjusted(finite))
+            metrics["loss_scale"] = state.scale.value
+        return new, metrics
 
     return train_step
 
 
-def state_shardings(blueprint: Blueprint, optimizer: Optimizer, mesh: Mesh) -> State:
+def _averaged(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """An exponential moving average over steps. Young ones decay faster, so that the start is soon forgotten
+    (the rule of TensorFlow's ExponentialMovingAverage: at most (1 + n) / (10 + n) after n updates).
+    """
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + (1 - keep) * (p - a), average, params)
+
+
+def state_shardings(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> State:
     """Where each array of the state lives."""
-    params = shardings(mesh, blueprint.axes)
+    params, everywhere = shardings(mesh, blueprint.axes), shardings(mesh, ())
     opt_state = optimizer_shardings(optimizer, blueprint.shapes, params, mesh)
-    return State(shardings(mesh, ()), params, opt_state)
+    scale = LossScale(everywhere, everywhere) if train.dtype == "float16" else None
+    return State(everywhere, params, opt_state, scale, params if train.average else None)
 
 
-def init_state(blueprint: Blueprint, optimizer: Optimizer, mesh: Mesh, seed: int) -> State:
-    """The state before the first step, made in place on the mesh; the same bits on every mesh."""
+def first_step(train: TrainConfig, optimizer: Optimizer, params: Params) -> State:
+    """The state before the first step, from `params`."""
+    scale = LossScale.initial() if train.dtype == "float16" else None
+    average = jax.tree.map(jnp.copy, params) if train.average else None  # both are donated
+    return State(jnp.int32(0), params, optimizer.transform.init(params), scale, average)
+
+
+def init_state(
+    blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh, seed: int
+) -> State:
+    """Fresh parameters before the first step, made in place on the mesh; the same bits on every mesh."""
 
     def make(key):
-        params = blueprint.init(key)
-        return State(jnp.int32(0), params, optimizer.transform.init(params))
+        return first_step(train, optimizer, blueprint.init(key))
 
-    return jax.jit(make, out_shardings=state_shardings(blueprint, optimizer, mesh))(jax.random.key(seed))
+    where = state_shardings(blueprint, train, optimizer, mesh)
+    return jax.jit(make, out_shardings=where)(jax.random.key(seed))
+
+
+def split(state: State) -> tuple[Params, dict[str, Any]]:
+    """A state as it stands in a checkpoint: the model that others read, and what only training needs."""
+    rest = {"opt_state": state.opt_state, "scale": state.scale}
+    if state.average is not None:
+        rest["params"] = state.params
+    return state.model, {name: tree for name, tree in rest.items() if tree is not None}
+
+
+def join(step: jax.Array, model: Params, rest: dict[str, Any]) -> State:
+    """The inverse of `split`."""
+    params, average = (rest["params"], model) if "params" in rest else (model, None)
+    return State(step, params, rest["opt_state"], rest.get("scale"), average)
 
 
 def jit_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh):
     """`make_train_step`, compiled for the mesh: shardings from the parameters' metadata, state donated."""
-    state = state_shardings(blueprint, optimizer, mesh)
+    state = state_shardings(blueprint, train, optimizer, mesh)
     return jax.jit(
         make_train_step(blueprint, train, optimizer),
         in_shardings=(state, shardings(mesh, BATCH_AXES)),

@@ -34,7 +34,7 @@ REMAT_POLICIES = {
 class Compute:
     """How the forward pass is carried out; none of it changes what is computed, but for rounding."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Backend = "reference"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True

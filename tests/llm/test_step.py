@@ -19,7 +19,7 @@ from core.options import MeshConfig, OptimizerConfig
 from llm.config import TrainConfig
 from llm.data.loader import Batch
 from llm.model.config import ModelConfig
-from llm.model.transformer import blueprint
+from llm.model.transformer import Compute, blueprint
 from llm.step import init_state, jit_train_step, local_rows, put_batch
 
 MODEL = ModelConfig(
@@ -52,11 +52,11 @@ def packed_batch(seed: int) -> Batch:
 
 def run(options: MeshConfig, train: TrainConfig = TRAIN, optimizer: OptimizerConfig = SGD, devices=None):
     """Five steps; metrics by step, and the parameters at the end."""
-    model = blueprint(MODEL)
+    model = blueprint(MODEL, Compute(train.dtype))
     mesh = make_mesh(options, devices)
     tx = make_optimizer(optimizer, train.steps, model.decay, model.axes)
     with jax.set_mesh(mesh):
-        state = init_state(model, tx, mesh, seed=0)
+        state = init_state(model, train, tx, mesh, seed=0)
         step = jit_train_step(model, train, tx, mesh)
         history = []
         for i in range(train.steps):
@@ -106,6 +106,58 @@ def test_muon_on_a_mesh_takes_the_same_course():
 def test_accumulation_is_exact_on_ragged_token_counts(mesh):
     train = dataclasses.replace(TRAIN, accumulation=4)
     assert_same_course(run(mesh, train, devices=jax.devices()[:4]), one_device())
+
+
+def test_an_overflow_halves_the_scale_skips_the_update_and_training_goes_on():
+    train = dataclasses.replace(TRAIN, dtype="float16", average=0.9)
+    model, mesh = blueprint(MODEL, Compute("float16")), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.01), train.steps, model.decay, model.axes)
+    with jax.set_mesh(mesh):
+        step = jit_train_step(model, train, tx, mesh)
+        state = init_state(model, train, tx, mesh, seed=0)
+        state = state._replace(scale=state.scale._replace(value=state.scale.value * 2.0**40))
+        before = jax.tree.map(np.asarray, state)
+        state, metrics = step(state, put_batch(packed_batch(0), mesh))
+        assert not np.isfinite(metrics["grad_norm"]) and metrics["loss_scale"] == 2.0**56
+        after = jax.tree.map(np.asarray, state)
+        assert after.scale.value == 2.0**55 and after.step == 1
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            (after.params, after.opt_state, after.average),
+            (before.params, before.opt_state, before.average),
+        )
+        state = state._replace(scale=before.scale._replace(value=jnp.float32(2.0**16)))
+        losses = []
+        for _ in range(4):
+            state, metrics = step(state, put_batch(packed_batch(0), mesh))
+            losses.append(float(metrics["loss"]))
+    assert np.isfinite(metrics["grad_norm"]) and losses[-1] < losses[0]
+    assert state.scale.steps == 4 and state.scale.value == 2.0**16
+
+
+def test_float16_takes_float32s_course():
+    half = run(MeshConfig(data=1), dataclasses.replace(TRAIN, dtype="float16"), devices=jax.devices()[:1])
+    for ours, theirs in zip(half[0], one_device()[0], strict=True):
+        assert_allclose(ours["loss"], theirs["loss"], rtol=2e-3)
+        assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=2e-2)
+        assert ours["loss_scale"] == 2.0**16
+
+
+def test_the_average_is_that_of_the_steps():
+    """By the recurrence, from the parameters after each step; its decay is at most (1 + n) / (10 + n)."""
+    train, mesh = dataclasses.replace(TRAIN, average=0.2), make_mesh(MeshConfig(data=8))
+    model = blueprint(MODEL)
+    tx = make_optimizer(SGD, train.steps, model.decay, model.axes)
+    with jax.set_mesh(mesh):
+        step = jit_train_step(model, train, tx, mesh)
+        state = init_state(model, train, tx, mesh, seed=0)
+        expected = jax.tree.map(np.asarray, state.params)
+        for i, keep in enumerate((1 / 10, 2 / 11, 0.2, 0.2)):
+            state, _ = step(state, put_batch(packed_batch(i), mesh))
+            params = jax.tree.map(np.asarray, state.params)
+            expected = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, expected, params)  # noqa: B023
+    assert state.model is state.average
+    jax.tree.map(lambda a, e: assert_allclose(a, e, rtol=1e-5, atol=1e-6), state.average, expected)
 
 
 def test_every_parameter_moves():

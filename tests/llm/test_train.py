@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from tiny import copy_corpus, experiment
 
+import core.loss_scale
 import llm.eval.heldout
 import llm.generate
 import llm.loop
@@ -157,6 +158,29 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(undisturbed, cor
     train(experiment(corpus, tmp_path), resume=True)
     assert numbers(tmp_path / "run") == numbers(undisturbed)
     assert_same_parameters(tmp_path / "run", undisturbed)
+
+
+def test_float16_with_an_average_is_resumed_bitwise(corpus, tmp_path, monkeypatch):
+    """The first steps overflow; the checkpoint's model is the average, and training goes on from the rest."""
+    monkeypatch.setattr(core.loss_scale, "INITIAL", 2.0**28)
+    options = {"steps": 12, "dtype": "float16", "average": 0.5}
+    train(experiment(corpus, tmp_path, "whole", train=options))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(experiment(corpus, tmp_path, train=options))
+    train(experiment(corpus, tmp_path, train=options), resume=True)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert str(numbers(run)) == str(numbers(whole))  # as text, where NaN equals NaN
+    assert_same_parameters(run, whole)
+    scales = [line["loss_scale"] for line in read_metrics(whole / "metrics.jsonl")]
+    assert scales[0] == 2.0**28 > scales[-1], "each overflow halved it"
+    assert not (whole / "rewinds.jsonl").exists() and numbers(whole)[-1]["loss"] < numbers(whole)[0]["loss"]
+
+    frozen = {"learning_rate": 1e-30, "warmup_steps": 0, "weight_decay": 0.0}
+    train(
+        experiment(corpus, tmp_path, "next", init={"from": str(whole)}, optimizer=frozen, train={"steps": 1})
+    )
+    assert_same_parameters(tmp_path / "next", whole)
 
 
 def assert_same_parameters(run: Path, other: Path) -> None:

@@ -1,0 +1,89 @@
+"""What a run is made of, checked before its first step: folder, mesh, model, optimizer, text."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from core.config import to_yaml
+from core.errors import UserError
+from core.mesh import check_divides, make_mesh
+from core.module import Blueprint
+from core.optim import Optimizer, make_optimizer
+from core.run import RunFolder
+from llm.config import Experiment
+from llm.generate import encode_prompt
+from llm.model.attention import choose_backend
+from llm.model.transformer import Compute, blueprint
+from llm.prepare import Text, prepare
+from llm.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Setup(NamedTuple):
+    """Nothing here changes while a run trains."""
+
+    experiment: Experiment
+    run: RunFolder
+    mesh: Mesh
+    model: Blueprint
+    optimizer: Optimizer
+    text: Text
+
+
+def set_up(experiment: Experiment, resume: bool) -> Setup:
+    """Make, or with `resume` take up, the run's folder; make tokenizer and shards where they are missing.
+
+    Raises:
+        UserError: for anything in the configuration, the data or the run folder that the user can mend.
+    """
+    mesh = make_mesh(experiment.mesh)
+    _check_mesh(experiment, mesh)
+    run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
+    text = prepare(experiment)
+    _check_prompts(experiment, text.tokenizer)
+    return Setup(experiment, run, mesh, *_model(experiment), text)
+
+
+def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
+    options = experiment.train
+    backend = choose_backend(options.attention, jax.default_backend())
+    model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
+    device = jax.devices()[0]
+    _log.info(
+        "%.1fM parameters on %d x %s; %s products, %s attention",
+        model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
+    )  # fmt: skip
+    return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
+
+
+def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+    model, data = experiment.model, experiment.data
+    check_divides(
+        mesh,
+        {
+            "model.num_heads": ("heads", model.num_heads),
+            "model.num_kv_heads": ("kv_heads", model.num_kv_heads),
+            "model.embed_dim": ("embed", model.embed_dim),
+            "model.mlp_dim": ("mlp", model.mlp_dim),
+            "model.vocab_size": ("vocab", model.vocab_size),
+            "data.batch_size / train.accumulation": (
+                "act_batch",
+                data.batch_size // experiment.train.accumulation,
+            ),
+            "data.sequence_length": ("act_seq", data.sequence_length),
+        },
+    )
+
+
+def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    for prompt in experiment.eval.prompts:
+        length, most = len(encode_prompt(tokenizer, prompt)), experiment.model.max_length - 1
+        if length > most:
+            raise UserError(
+                f"eval.prompts: {prompt!r} is {length} tokens, and model.max_length leaves room for {most}"
+            )
