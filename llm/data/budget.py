@@ -53,10 +53,10 @@ class Budget(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A run on `count` devices of one name; None is what isn't known: a peak for the dtype, a price."""
+    """A run on so many `devices` of one name; None is what isn't known: a peak for the dtype, a price."""
 
     device: str
-    count: int
+    devices: int
     mfu: float
     peak_flops: float | None
     hours: float | None
@@ -266,7 +266,7 @@ def _devices_table(costs: list[Cost], dtype: str):
     from rich.table import Table
 
     priced = any(cost.cost_usd is not None for cost in costs)
-    title = f"on {costs[0].count:,} of each, {dtype}, at {costs[0].mfu:.0%} of their peak (MFU)"
+    title = f"on {costs[0].devices:,} of each, {dtype}, at {costs[0].mfu:.0%} of their peak (MFU)"
     table = Table(
         title=title,
         title_justify="left",

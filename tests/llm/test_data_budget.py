@@ -85,7 +85,7 @@ def test_json_by_hand(command):
     answer = json.loads(line)
     assert answer == {
         "device": "h100",
-        "count": 64,
+        "devices": 64,
         "mfu": 0.5,
         "peak_flops": 989e12,
         "hours": pytest.approx(hours),
