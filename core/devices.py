@@ -88,12 +88,11 @@ def prepare() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "token-to-tensor"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
     spec = importlib.util.find_spec("jax_plugins")
-    if spec is None:
+    plugins = [m.name for m in pkgutil.iter_modules((spec and spec.submodule_search_locations) or ())]
+    if not plugins:
         _add_flags(CPU_FLAGS)
         keep_freed_memory()
-    elif any(
-        m.name.startswith("xla_cuda") for m in pkgutil.iter_modules(spec.submodule_search_locations or ())
-    ):
+    elif any(name.startswith("xla_cuda") for name in plugins):
         _add_flags(GPU_FLAGS)
 
 

@@ -226,6 +226,7 @@ def _print(
     experiment: Experiment, budget: Budget, corpus: CorpusSize, costs: list[Cost], compute: float | None
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -247,9 +248,9 @@ def _print(
     facts.add_row("FLOPs", _exponent(budget.flops), f"6 x parameters x tokens: {_exponent(budget.flops_6nd)}")
     about = "about " if corpus.estimated else ""
     tokens = "-" if corpus.tokens is None else about + _short(corpus.tokens)
-    facts.add_row("corpus tokens", tokens, corpus.source)
+    facts.add_row("corpus tokens", tokens, escape(corpus.source))
     facts.add_row("  epochs", "-" if budget.epochs is None else f"{about}{budget.epochs:,.2f}")
-    console.print(f"[bold]{experiment.run.name}[/bold]")
+    console.print(experiment.run.name, style="bold", markup=False)
     console.print(facts)
     if compute is not None:
         parameters, optimal = compute_optimal(compute)

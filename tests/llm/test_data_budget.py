@@ -142,7 +142,12 @@ def test_the_table_says_what_to_paste(command):
     text = command("--days", "7", "--device", "h100", "--count", "64", "--price", "2.5")
     assert "  --set train.steps=35465\n" in text
     assert "8,030,261,248" in text and "7.0 days" in text and "11.3B" in text
-    assert "no file matches" in " ".join(text.split()), "says why the corpus has a dash"
+
+
+def test_a_corpus_that_is_not_there_has_a_dash_and_a_reason(command):
+    text = " ".join(command("--set", "data.sources=['nowhere/[ab]*.txt']", "--device", "h100").split())
+    assert "corpus tokens - data.sources: no file matches 'nowhere/[ab]*.txt'" in text
+    assert "epochs -" in text
 
 
 def test_one_step_is_the_least():
