@@ -24,7 +24,7 @@ from llm.model.flops import matmul_parameters, num_parameters, training_flops_pe
 CHINCHILLA = 20  # tokens per parameter where compute is best spent (Hoffmann et al. 2022, arXiv:2203.15556)
 MFU = 0.4  # published for dense models of 7B and more on A100 and H100: 0.37 to 0.52 (docs/gpu.md)
 COUNT = 8  # a node
-BYTES_PER_TOKEN = 4  # about what English takes with a vocabulary of 32,000 or more
+BYTES_PER_TOKEN = 4  # about English under 32,000 tokens or more; the embedded corpus under 2,048 has 3.2
 
 
 class CorpusSize(NamedTuple):
