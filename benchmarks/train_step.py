@@ -7,6 +7,9 @@ variants start from the same weights and see the same batch; the losses of the f
 all do the same work. Each runs in a process of its own and they take turns, one at a time, so that neither
 thread pools nor another load on the machine favor one: what counts is the ratio within a round.
 
+`--xla-flag NAME=VALUE` adds a variant: ours with that flag, which wins over what `core/devices.py` would
+set. So a flag's effect is measured like everything else (docs/gpu.md).
+
 Beside the steps stands the time of their matrix products alone, each shape at its fastest in either
 framework: no step can be faster, and the share says how near it comes.
 """
@@ -37,10 +40,13 @@ SHAPES = {
 
 
 class Worker:
-    """A variant in its own process; idle unless it is asked."""
+    """A variant in its own process; idle unless it is asked. Flags of XLA's may follow the variant's name."""
 
-    def __init__(self, spec: dict[str, Any]):
+    def __init__(self, spec: dict[str, Any], name: str):
+        variant, *flags = name.split()
+        spec = spec | {"variant": variant}
         env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share the device's memory
+        env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *flags]).strip()
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.train_step_worker", json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
@@ -72,15 +78,17 @@ def measure(
         spec = {
             "shape": dataclasses.asdict(shape), "dtype": dtype, "device": args.device,
             "weights": str(Path(folder) / "weights.npz"), "train": json.loads(args.train),
+            "mesh": json.loads(args.mesh),
         }  # fmt: skip
         workers = {}
         try:
-            for variant in ["ours", *(v for v in args.variants if v != "ours")]:
-                report(f"{dtype}: starting {variant}")
-                workers[variant] = Worker(spec | {"variant": variant})
+            others = [variant for variant in args.variants if variant != "ours"]
+            for name in ["ours", *(f"ours --{flag}" for flag in args.xla_flags), *others]:
+                report(f"{dtype}: starting {name}")
+                workers[name] = Worker(spec, name)
             alone = [products_alone(shape, workers, report)] if args.roofline else []
-            for variant in [v for v in workers if alone and VARIANTS[v] in too_slow(alone[0])]:
-                workers.pop(variant).close()
+            for name in [n for n in workers if alone and VARIANTS[n.split()[0]] in too_slow(alone[0])]:
+                workers.pop(name).close()
             losses = {name: worker.ask(steps=3)["losses"] for name, worker in workers.items()}
             rounds: dict[str, list[dict]] = {name: [] for name in workers}
             for index in range(args.rounds):
@@ -158,7 +166,7 @@ def print_table(console, shape: Shape, results: list[dict[str, Any]]) -> None:
     size = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(shape).items())
     table = Table(title=f"one training step, {shape.parameters / 1e6:.1f}M parameters ({size})")
     for column in ("dtype", "step", "median s", "fastest s", "CPU s", "tokens/s", "of the roofline"):
-        table.add_column(column, justify="left" if column in ("dtype", "step") else "right")
+        table.add_column(column, justify="left" if column in ("dtype", "step") else "right", overflow="fold")
     table.add_column("ours / this, by round", justify="right")
     for result in results:
         for name, v in result["variants"].items():
@@ -188,6 +196,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each variant in a round")
     parser.add_argument("--train", default="{}", help="JSON of `train` settings for ours, as of scan_layers")
+    parser.add_argument(
+        "--mesh", default="{}", help="JSON of `mesh` settings for ours; default: data parallel"
+    )
+    parser.add_argument(
+        "--xla-flag", action="append", default=[], dest="xla_flags", metavar="NAME=VALUE",
+        help="also measure ours with this flag, as of xla_gpu_enable_triton_gemm=false; any number of times",
+    )  # fmt: skip
     parser.add_argument("--no-roofline", dest="roofline", action="store_false")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args()

@@ -131,7 +131,7 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
         ),
         train.steps, model.decay, model.axes,
     )  # fmt: skip
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(**spec["mesh"]))
     jax.set_mesh(mesh)
     state = init_state(model, train, optimizer, mesh, seed=0)
     if not Path(spec["weights"]).exists():

@@ -1,61 +1,108 @@
-"""What is known of each kind of device: its dense peaks, and how XLA is told to use it.
+"""What is known of each kind of device: its dense peaks and its memory, and how XLA is told to use it.
 
-Peaks are the vendors' dense figures in FLOP/s (no sparsity), by the dtype of the operands. An unknown
-device has none: no utilization is better than a wrong one.
+Peaks are the vendors' dense figures in FLOP/s (no sparsity), by the dtype of the operands; memory is what the
+data sheet says, in bytes, a gigabyte being 10**9. An unknown device has no peak: no utilization is better
+than a wrong one. So H100 NVL and H200 NVL are left out: their dense figures could not be checked.
 """
 
 from __future__ import annotations
 
 import ctypes
+import difflib
 import importlib.util
 import os
+import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 
-_A100 = {"bfloat16": 312e12, "float32": 156e12}  # float32: TF32 on the tensor cores
-_H100 = {"bfloat16": 989e12, "float32": 494e12}
+from core.errors import UserError
 
-PEAK_FLOPS: dict[str, dict[str, float]] = {  # by JAX's `device_kind`, whole: A1000 is no A100
-    "NVIDIA A100-SXM4-40GB": _A100,
-    "NVIDIA A100-SXM4-80GB": _A100,
-    "NVIDIA A100-PCIE-40GB": _A100,
-    "NVIDIA A100 80GB PCIe": _A100,
-    "NVIDIA H100 80GB HBM3": _H100,
-    "NVIDIA H100 PCIe": {"bfloat16": 756e12, "float32": 378e12},
-    "NVIDIA H200": _H100,
-    "NVIDIA B200": {"bfloat16": 2250e12, "float32": 1125e12},
-    "TPU v4": {"bfloat16": 275e12},
-    "TPU v5": {"bfloat16": 459e12},  # v5p
-    "TPU v5p": {"bfloat16": 459e12},
-    "TPU v5 lite": {"bfloat16": 197e12},  # v5e
-    "TPU v5e": {"bfloat16": 197e12},
-    "TPU v6 lite": {"bfloat16": 918e12},  # v6e
-    "TPU v6e": {"bfloat16": 918e12},
+_GB, _TERA = 10**9, 1e12
+
+
+@dataclass(frozen=True)
+class Device:
+    """One chip. `kinds` are the `device_kind`s by which JAX calls it, whole: A1000 is no A100."""
+
+    kinds: tuple[str, ...]
+    peaks: dict[str, float]  # FLOP/s by dtype; float32 on NVIDIA's is TF32 on the tensor cores
+    memory: int  # bytes
+
+
+def _peaks(half: int, single: int) -> dict[str, float]:
+    return {"bfloat16": half * _TERA, "float16": half * _TERA, "float32": single * _TERA}
+
+
+_A100, _H100 = _peaks(312, 156), _peaks(989, 494)
+
+DEVICES = {
+    "a100-40gb": Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), _A100, 40 * _GB),
+    "a100-80gb": Device(("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), _A100, 80 * _GB),
+    "h100": Device(("NVIDIA H100 80GB HBM3",), _H100, 80 * _GB),
+    "h100-pcie": Device(("NVIDIA H100 PCIe",), _peaks(756, 378), 80 * _GB),
+    "h200": Device(("NVIDIA H200",), _H100, 141 * _GB),
+    "b200": Device(("NVIDIA B200",), _peaks(2250, 1125), 180 * _GB),
+    "tpu-v4": Device(("TPU v4",), {"bfloat16": 275 * _TERA}, 32 * _GB),
+    "tpu-v5e": Device(("TPU v5 lite", "TPU v5e"), {"bfloat16": 197 * _TERA}, 16 * _GB),
+    "tpu-v5p": Device(("TPU v5", "TPU v5p"), {"bfloat16": 459 * _TERA}, 95 * _GB),
+    "tpu-v6e": Device(("TPU v6 lite", "TPU v6e"), {"bfloat16": 918 * _TERA}, 32 * _GB),
 }
 
-# Each flag was measured: see docs/log.md.
-CPU_FLAGS = (
-    "--xla_cpu_enable_concurrency_optimized_scheduler=true",  # independent products side by side
+# What each flag does, where it comes from and what it was measured to give: docs/gpu.md.
+CPU_FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=true",)
+GPU_FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+    f"--xla_gpu_all_gather_combine_threshold_bytes={512 << 20}",
+    f"--xla_gpu_reduce_scatter_combine_threshold_bytes={512 << 20}",
+    f"--xla_gpu_all_reduce_combine_threshold_bytes={512 << 20}",
 )
 
 
+def named(name: str) -> Device:
+    """The device of that short name.
+
+    Raises:
+        UserError: for a name that is not in `DEVICES`.
+    """
+    if name not in DEVICES:
+        near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DEVICES)}"
+        raise UserError(f"the device '{name}' is not known; {hint}")
+    return DEVICES[name]
+
+
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Dense peak in FLOP/s of one device, or None where it is not known."""
-    return PEAK_FLOPS.get(device_kind, {}).get(dtype)
+    """Dense peak in FLOP/s of one device, by JAX's `device_kind`, or None where it is not known."""
+    return next((d.peaks.get(dtype) for d in DEVICES.values() if device_kind in d.kinds), None)
 
 
 def prepare() -> None:
     """Set what XLA reads when JAX is first imported. Call it before `import jax`; it imports nothing.
 
     Compiled programs are kept in `$XDG_CACHE_HOME/token-to-tensor` unless `JAX_COMPILATION_CACHE_DIR`
-    names another place; flags that `XLA_FLAGS` already holds win.
+    names another place. XLA is given the flags for what JAX was installed for: CUDA, or nothing but the CPU.
+    Flags that `XLA_FLAGS` already holds win.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "token-to-tensor"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "jax"))
-    if importlib.util.find_spec("jax_plugins") is None:
-        given = os.environ.get("XLA_FLAGS", "")
-        ours = [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in given]
-        os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
+    spec = importlib.util.find_spec("jax_plugins")
+    plugins = [m.name for m in pkgutil.iter_modules((spec and spec.submodule_search_locations) or ())]
+    if not plugins:
+        _add_flags(CPU_FLAGS)
         keep_freed_memory()
+    elif any(name.startswith("xla_cuda") for name in plugins):
+        _add_flags(GPU_FLAGS)
+
+
+def _add_flags(flags: tuple[str, ...]) -> None:
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    if given and not given.startswith("-"):
+        return  # the name of a file that holds flags, which XLA takes instead of flags, not beside them
+    names = {flag.partition("=")[0] for flag in given.split()}
+    ours = [flag for flag in flags if flag.partition("=")[0] not in names]
+    os.environ["XLA_FLAGS"] = " ".join([*ours, given]).strip()
 
 
 def keep_freed_memory() -> None:

@@ -1,9 +1,9 @@
-"""Floating-point operations of a Transformer by formula. Reading it needs no JAX.
+"""Parameters and floating-point operations of a Transformer by formula. Reading it needs no JAX.
 
-The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and nanoGPT: two
-operations for each multiply-add; each parameter of a matrix product, the head's included and the embedding
-lookup's not, costs 2 forward and 4 backward per token; so does, per head dimension, each key that a query
-attends to, twice: for its score and for its value. Unlike them, keys that the causal mask or the window
+The convention for operations is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and
+nanoGPT: two operations for each multiply-add; each parameter of a matrix product, the head's included and the
+embedding lookup's not, costs 2 forward and 4 backward per token; so does, per head dimension, each key that a
+query attends to, twice: for its score and for its value. Unlike them, keys that the causal mask or the window
 hides are not counted. Norms, activations and the softmax are left out, and so is whatever is computed again
 (remat): these are the operations a model needs, not those a program runs. Shorter documents in a packed
 sequence are not taken into account.
@@ -21,6 +21,21 @@ def matmul_parameters(config: ModelConfig) -> int:
     mlp = (3 if config.activation == "swiglu" else 2) * config.mlp_dim
     block = config.embed_dim * (query_and_out + key_and_value + mlp)
     return config.num_layers * block + config.vocab_size * config.embed_dim
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All that is trained: kernels, biases, scales and biases of norms, the embedding, the head if untied."""
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norm = 1 if config.norm == "rms" else 2  # a scale; and a bias
+    vectors = 2 * norm * config.embed_dim
+    if config.qk_norm:
+        vectors += 2 * norm * config.head_dim
+    if config.bias != "none":
+        vectors += query + 2 * key
+    if config.bias == "all":
+        vectors += 2 * config.embed_dim + (2 if config.activation == "swiglu" else 1) * config.mlp_dim
+    embedding = 0 if config.tied_head else config.vocab_size * config.embed_dim  # tied: the head counts it
+    return matmul_parameters(config) + embedding + config.num_layers * vectors + norm * config.embed_dim
 
 
 def visible_keys(config: ModelConfig, sequence_length: int) -> float:
