@@ -70,6 +70,12 @@ class Monitor:
                 return alarm
         return None
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """What `loss` and `grad_norm` are a spike above at the next step; NaN while there is no telling."""
+        limits = {name: self._limit(name) for name in _FLOORS}
+        return {name: math.nan if x is None else _unscaled(name, x) for name, x in limits.items()}
+
     def _spike(self, step: int, name: str, value: float) -> Alarm | None:
         recent, scaled = self._recent[name], _scaled(name, value)
         limit = self._limit(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 _TRAINING, _HELDOUT, _INK, _GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
+_COURSES = ("#9a9a9a", _HELDOUT, _TRAINING)
 
 
 def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
@@ -39,9 +41,11 @@ def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _columns(metrics: Sequence[Mapping[str, float | int]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values (points,) of the lines that have a finite `name`."""
-    rows = [(row["tokens"], row[name]) for row in metrics if name in row and np.isfinite(row[name])]
+def _columns(
+    metrics: Sequence[Mapping[str, float | int]], name: str, against: str = "tokens"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values (points,) of `against` and `name` in the lines that have a finite `name`."""
+    rows = [(row[against], row[name]) for row in metrics if name in row and np.isfinite(row[name])]
     tokens, values = np.array(rows, float).reshape(-1, 2).T
     return tokens, values
 
@@ -62,8 +66,8 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, **style) -> None:
         axes.plot(x, y, label=f"{name}: {y[-1]:.3f}", **style)
 
 
-def _style(axes: Axes, unit: str) -> None:
-    axes.set_xlabel("tokens", color=_INK)
+def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
+    axes.set_xlabel(against, color=_INK)
     axes.set_ylabel(unit, color=_INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
@@ -75,3 +79,58 @@ def _style(axes: Axes, unit: str) -> None:
         spine.set_color(_INK)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=_INK)
+
+
+class Course(NamedTuple):
+    """A run as a plot of its course needs it."""
+
+    metrics: Sequence[Mapping[str, float | int]]  # lines with `step` and `loss`
+    rewinds: Sequence[Any]  # each with `restored`, `step` and `lost_loss`, as in `rewinds.jsonl`
+
+
+def plot_courses(panels: Sequence[Mapping[str, Course]], path: Path) -> None:
+    """Plot the loss of runs against their steps, a panel for each group, and thin what rewinds gave up."""
+    figure = Figure(figsize=(8, 3.8 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, courses in zip(np.atleast_1d(figure.subplots(len(panels))), panels, strict=True):
+        for (name, course), color in zip(courses.items(), _COURSES, strict=False):
+            _draw_course(axes, name, course, color)
+        _style(axes, "loss (nats a token)", "steps")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_course(axes: Axes, name: str, course: Course, color: str) -> None:
+    steps, loss = _columns(course.metrics, "loss", "step")
+    axes.plot(steps, _smoothed(loss), color=color, linewidth=1.6, label=name)
+    for rewind in course.rewinds:
+        lost = [np.nan if value is None else value for value in rewind.lost_loss]
+        axes.plot(rewind.restored + 1 + np.arange(len(lost)), lost, color=color, linewidth=0.8, alpha=0.6)
+        axes.plot(rewind.step, lost[-1], marker="x", color=color)
+
+
+def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plot loss and gradient norm by step, each under the limit that made a spike of what stood above it.
+
+    Args:
+        limits: `core.divergence.Monitor.limits` before each line of the course's metrics.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = {"loss": "loss (nats a token)", "grad_norm": "gradient norm"}
+    steps = np.array([line["step"] for line in course.metrics])
+    for axes, (name, label) in zip(figure.subplots(2, sharex=True), names.items(), strict=True):
+        axes.plot(*_columns(course.metrics, name, "step"), color=_TRAINING, linewidth=0.8, label=name)
+        limit = np.array([line[name] for line in limits])
+        axes.plot(steps, limit, color=_HELDOUT, linewidth=1.2, linestyle="--", label="limit")
+        for rewind in course.rewinds:
+            axes.axvspan(rewind.restored, rewind.step, color=_HELDOUT, alpha=0.12, linewidth=0)
+            if name == "loss":
+                lost = [np.nan if value is None else value for value in rewind.lost_loss]
+                given_up = rewind.restored + 1 + np.arange(len(lost))
+                axes.plot(given_up, lost, color=_HELDOUT, linewidth=0.8, label="given up")
+        if name == "grad_norm":
+            axes.set_yscale("log")
+        _style(axes, label, "step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
