@@ -79,7 +79,7 @@ def write_shards(
         tokens = sum(map(len, documents))
         counts = {"documents": len(documents), "tokens": tokens, "bytes": tokens}
         entries.append({"train": counts})
-    index = {"format": FORMAT, "vocab_size": 1000, "shards": entries}
+    index = {"format": FORMAT, "vocab_size": 1000, "sources": [folder.name], "shards": entries}
     (folder / "index.json").write_text(json.dumps(index))
     return folder
 

@@ -94,25 +94,12 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets to train on at one time. A weight is the share of all windows that come from its dataset.
-
-    Raises:
-        UserError: for weights that are not positive, or whose sum is not 1 (to a thousandth, so that thirds
-            can be written down).
+    """Datasets to train on at one time. A weight is the share of all windows that come from its dataset:
+    positive, and together 1.
     """
 
-    datasets: tuple[TokenDataset, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        given, total = ", ".join(f"{weight:g}" for weight in self.weights), sum(self.weights)
-        if not all(weight > 0 for weight in self.weights):
-            raise UserError(
-                f"the weights of the sources ({given}) must be positive: "
-                "remove a source that is not to be read"
-            )
-        if not abs(total - 1) < 1e-3:
-            raise UserError(f"the weights of the sources ({given}) sum to {total:g}: make them sum to 1")
+    datasets: Sequence[TokenDataset]
+    weights: Sequence[float]
 
     @property
     def num_tokens(self) -> int:
@@ -142,13 +129,15 @@ def open_dataset(
     always whole.
 
     Raises:
-        UserError: for shards that are incomplete, damaged, or of another format; for a training split of
-            which nothing is left.
+        UserError: for shards that are incomplete, damaged, or of another format; for a selection that drops
+            everything.
     """
     shards: list[tuple[Path, NDArray[np.float32] | None]] = []
     counts: list[dict[str, int]] = []
+    sources: dict[str, None] = {}
     for folder in folders:
         index = read_index(folder)
+        sources |= dict.fromkeys(index["sources"])
         token_bytes = 2 if index["vocab_size"] <= 2**16 else 4
         for number, shard in enumerate(index["shards"]):
             path, count = shard_folder(folder, number) / split, shard[split]
@@ -162,10 +151,10 @@ def open_dataset(
     first_token, first_document = (
         np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
     )
-    if split == "train" and first_token[-1] < 2:
+    if selection is not None and first_token[-1] < 2:
         raise UserError(
-            f"no document of {', '.join(map(str, folders))} is left to train on: "
-            + ("all are held out" if selection is None else "data.selection drops all")
+            f"data.selection drops every document of {', '.join(map(repr, sources))}: remove these sources, "
+            "or keep some of their documents"
         )
     num_bytes = sum(count["bytes"] for count in counts)
     # Mappings are kept, but not all: an operating system allows some 65,000.

@@ -44,24 +44,25 @@ def read_selection(path: Path, folders: Sequence[Path]) -> Selection:
     """
     weights = _read(path)
     with_source = any(isinstance(key, tuple) for key in weights)
-    owners: dict[_Key, str] = {}  # of each key that names a document: its source
+    owners: dict[_Key, tuple[Path, str]] = {}  # of each key that names a document: its folder and source
     selection: dict[Path, list[NDArray[np.float32]]] = {}
     for folder in folders:
         selection[folder] = []
         for documents in _documents(folder, "train"):
             factors = np.ones(len(documents), np.float32)
             for i, (source, name) in enumerate(documents):
-                keys: tuple[_Key, ...] = (name, (source, name)) if with_source else (name,)
-                found = [key for key in keys if key in weights]
-                for key in found:
-                    factors[i] = weights[key]
-                    if (other := owners.setdefault(key, source)) != source:
+                for key in (name, (source, name)) if with_source else (name,):
+                    if (weight := weights.get(key)) is None:
+                        continue
+                    other = owners.setdefault(key, (folder, source))
+                    if other != (folder, source):
                         raise UserError(
-                            f"{path} names {name!r}, which is in two sources, {other!r} and {source!r}: "
-                            f'add the one that is meant to the line, as "source"'
+                            f"{path} names {name!r}, which is in two sources, {other[1]!r} and {source!r}: "
+                            'add the one that is meant to the line, as "source"'
                         )
-                if len(found) > 1 and weights[name] != weights[source, name]:
-                    raise _two_weights(path, name)
+                    if key != name and weights.get(name, weight) != weight:
+                        raise _two_weights(path, name)
+                    factors[i] = weight
             selection[folder].append(factors)
     _check_known(path, [key for key in weights if key not in owners], folders)
     return selection

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same_batch, stream, write_shards
 
-from core.errors import UserError
 from llm.data.loader import Batch, TokenDataset, heldout_batches, open_dataset, train_batch
 
 
@@ -172,12 +171,3 @@ def test_weights_can_be_rewritten(tmp_path):
     assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 12
     np.save(folder / "00000" / "train" / "weights.npy", np.array([0, 2], np.float32))
     assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 13
-
-
-def test_a_split_of_nothing_is_refused(tmp_path):
-    folder = write_shards(tmp_path, [stream([[4, 5]])[0], []])
-    with pytest.raises(UserError, match=rf"no document of {folder} is left.*data.selection drops all"):
-        open_dataset([folder], "train", 8, {folder: [np.zeros(2, np.float32), np.zeros(0, np.float32)]})
-    folder = write_shards(tmp_path / "empty", [[]])
-    with pytest.raises(UserError, match=rf"no document of {folder} is left to train on: all are held out"):
-        open_dataset([folder], "train", 8)

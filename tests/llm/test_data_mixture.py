@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same_batch, stream, write_shards
 
-from core.errors import UserError
 from llm.data.loader import Batch, Mixture, TokenDataset, heldout_batches, open_dataset, train_batch
 from llm.data.mixture import deal
 
@@ -135,21 +134,3 @@ def test_a_selection_changes_its_dataset_alone(tmp_path, datasets):
     batch = train_batch(mixture, 3, 8, 0)
     selected = batch.tokens[:, 0] == 20_000
     assert selected.sum() == 2 and not np.any(batch.tokens[selected, 3:])
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ((0.5, 0.4, 0.05), r"\(0.5, 0.4, 0.05\) sum to 0.95: make them sum to 1"),
-        ((0.5, 0.5, 0.0), r"must be positive: remove a source"),
-        ((0.5, 1.0, -0.5), r"must be positive"),
-        ((0.5, 0.5, float("nan")), r"must be positive"),
-    ],
-)
-def test_weights_that_do_not_add_up_are_refused(datasets, weights, message):
-    with pytest.raises(UserError, match=message):
-        Mixture(datasets, weights)
-
-
-def test_thirds_can_be_written_down(datasets):
-    assert Mixture(datasets, (0.3333, 0.3333, 0.3333)).num_windows == 33

@@ -232,10 +232,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path, shards):
             read_selection(path, [shards])
 
 
-def test_dropping_everything_is_refused(tmp_path, shards):
+def test_dropping_everything_is_refused(tmp_path, text, shards):
     file = write(tmp_path / "selection.jsonl", dict.fromkeys(names(shards), 0))
-    with pytest.raises(UserError, match=r"left to train on: data.selection drops all"):
-        open_dataset([shards], "train", 16, read_selection(file, [shards]))
+    selection = read_selection(file, [shards])
+    with pytest.raises(UserError, match=rf"data.selection drops every document of '{text}/\*.txt': remove"):
+        open_dataset([shards], "train", 16, selection)
 
 
 def test_damaged_names_are_noticed(tmp_path, shards):
