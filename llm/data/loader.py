@@ -94,8 +94,9 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets to train on at one time. A weight is the share of all windows that come from its dataset:
-    positive, and together 1.
+    """Datasets to train on at one time.
+
+    A weight is the share of all windows that come from its dataset: positive, and together 1.
     """
 
     datasets: Sequence[TokenDataset]
@@ -151,7 +152,7 @@ def open_dataset(
     first_token, first_document = (
         np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
     )
-    if selection is not None and first_token[-1] < 2:
+    if selection is not None and split == "train" and first_token[-1] < 2:
         raise UserError(
             f"data.selection drops every document of {', '.join(map(repr, sources))}: remove these sources, "
             "or keep some of their documents"
