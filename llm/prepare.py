@@ -57,7 +57,7 @@ def prepare(experiment: Experiment) -> Text:
             f"model.vocab_size ({experiment.model.vocab_size}): raise that to a multiple of 128 above it"
         )
     shards = build_shards(corpus, tokenizer, cache / "shards")
-    train, heldout = (open_dataset(shards, split, data.sequence_length) for split in ("train", "heldout"))
+    train, heldout = (open_dataset([shards], split, data.sequence_length) for split in ("train", "heldout"))
     _log.info(
         "corpus %s: %s tokens to train on, %s held out",
         corpus.fingerprint, f"{train.num_tokens:,}", f"{heldout.num_tokens:,}",

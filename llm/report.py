@@ -16,13 +16,14 @@ from core.metrics import read_metrics
 from core.plots import plot_loss
 from core.run import RunFolder
 from llm.config import Experiment
-from llm.data.loader import Batch, TokenDataset, spread
+from llm.data.loader import Batch, Mixture, TokenDataset, train_batch
 from llm.eval.baselines import baselines
 from llm.eval.heldout import evaluation_batches
 from llm.prepare import Text, token_bytes
 from llm.rewind import read_rewinds
 
-_UNIGRAM_SHARDS = 16  # of the training split, spread evenly, that the unigram model is fitted on
+_UNIGRAM_TOKENS = 16 << 20  # of the training split, at most, that the unigram model is fitted on
+_UNIGRAM_BATCH = 64  # windows
 
 _LABELS = {
     "gzip_bits_per_byte": "gzip -9",
@@ -66,7 +67,7 @@ def finish(
     vocab_size = experiment.model.vocab_size
     batches = evaluation_batches(experiment, text.heldout, None, final=True)
     heldout, heldout_counts = _read(text, batches, vocab_size)
-    summary |= baselines(heldout, _train_counts(text.train, vocab_size), heldout_counts)
+    summary |= baselines(heldout, _train_counts(experiment, text.train), heldout_counts)
     run.write_summary(summary)
     _print(run, summary, len(heldout), text.heldout.num_bytes, samples)
     return summary
@@ -85,13 +86,14 @@ def _read(text: Text, batches: Iterable[Batch], vocab_size: int) -> tuple[bytes,
     return b"".join(pieces), counts
 
 
-def _train_counts(dataset: TokenDataset, vocab_size: int) -> np.ndarray:
-    """How often each token is predicted: all but the first of each document."""
-    total = np.zeros(vocab_size, np.int64)
-    for number in spread(len(dataset.first_token) - 1, _UNIGRAM_SHARDS):
-        shard = dataset.open_shard(number)
-        total += np.bincount(shard.tokens, minlength=vocab_size)
-        total -= np.bincount(shard.tokens[shard.starts[:-1]], minlength=vocab_size)
+def _train_counts(experiment: Experiment, data: TokenDataset | Mixture) -> np.ndarray:
+    """How often each token is predicted in the first epoch, or in as much of it as is read."""
+    total = np.zeros(experiment.model.vocab_size, np.int64)
+    windows = min(data.num_windows, max(1, _UNIGRAM_TOKENS // experiment.data.sequence_length))
+    for start in range(0, windows, _UNIGRAM_BATCH):
+        rows = slice(windows - start)
+        batch = train_batch(data, start // _UNIGRAM_BATCH, _UNIGRAM_BATCH, experiment.seed, rows)
+        total += np.bincount(batch.targets[batch.weights > 0], minlength=len(total))
     return total
 
 

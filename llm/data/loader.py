@@ -3,14 +3,15 @@
 The documents of a split, end to end, are one stream of tokens. Window w is its tokens w * S to
 w * S + S, so that every token but the first is a target in exactly one window; the last window is padded.
 Each epoch takes the windows in an order of its own (`permute`), and step s takes the next `batch_size` of
-them: no state, and the same order however many hosts share a batch.
+them: no state, and the same order however many hosts share a batch. A `Mixture` deals the places of a batch
+to several such streams (`deal`), each of which goes through its epochs at its own pace.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +22,16 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from llm.data.corpus import Split
+from llm.data.mixture import deal
 from llm.data.permute import permute
 from llm.data.shards import FORMAT, shard_folder
 
 if TYPE_CHECKING:
     Array = Any  # NumPy's from the loader, JAX's inside a step
+
+# Of each folder and each shard in it: what to multiply the weight of each training document [D] by; 0 drops
+# it. `read_selection` makes it.
+Selection = Mapping[Path, Sequence[NDArray[np.float32]]]
 
 _NPY_HEADER = 128  # bytes before the values of a one-dimensional array
 
@@ -45,14 +51,17 @@ class Batch(NamedTuple):
 
 
 class Shard(NamedTuple):
-    tokens: NDArray  # [T]
-    starts: NDArray[np.int64]  # [D + 1]
+    """The documents of a shard that are kept, end to end."""
+
+    tokens: NDArray  # [T] of all documents
+    starts: NDArray[np.int64]  # [D + 1] where each kept document starts among the kept ones' tokens
+    shifts: NDArray[np.int64]  # [D] how much further back it starts in `tokens`
     weights: NDArray[np.float32]  # [D]
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """One split of the shards in a folder, seen as one stream. `open_dataset` makes it."""
+    """One split of the shards in some folders, seen as one stream. `open_dataset` makes it."""
 
     split: Split
     sequence_length: int
@@ -67,14 +76,98 @@ class TokenDataset:
 
     @property
     def num_windows(self) -> int:
-        return -(-(self.num_tokens - 1) // self.sequence_length)
+        return max(0, -(-(self.num_tokens - 1) // self.sequence_length))
+
+    def windows(self, place: NDArray[np.int64], seed: int) -> list[Window]:
+        """The windows at some places of an endless run over the epochs."""
+        epoch, within = np.divmod(place, self.num_windows)
+        order = permute(within, self.num_windows, seed, epoch)
+        return [Window(self, number) for number in order.tolist()]
 
 
-def open_dataset(folder: Path, split: Split, sequence_length: int) -> TokenDataset:
-    """Open what `build_shards` made.
+class Window(NamedTuple):
+    """Tokens `number * S` to `number * S + S` of a dataset; from `num_windows` on, padding."""
+
+    dataset: TokenDataset
+    number: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets to train on at one time.
+
+    A weight is the share of all windows that come from its dataset: positive, and together 1.
+    """
+
+    datasets: Sequence[TokenDataset]
+    weights: Sequence[float]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(dataset.num_tokens for dataset in self.datasets)
+
+    @property
+    def num_windows(self) -> int:
+        return sum(dataset.num_windows for dataset in self.datasets)
+
+    def windows(self, place: NDArray[np.int64], seed: int) -> list[Window]:
+        """The windows at some places of an endless run."""
+        number, place = deal(place, np.array(self.weights, np.float64))
+        sizes = np.array([dataset.num_windows for dataset in self.datasets])[number]
+        epoch, within = np.divmod(place, sizes)
+        # What is added to the epoch gives each dataset orders of its own; nothing is added for the first.
+        order = permute(within, sizes, seed, epoch + (number << 32))
+        pairs = zip(number.tolist(), order.tolist(), strict=True)
+        return [Window(self.datasets[i], window) for i, window in pairs]
+
+
+def open_dataset(
+    folders: Sequence[Path], split: Split, sequence_length: int, selection: Selection | None = None
+) -> TokenDataset:
+    """Open what `build_shards` made, as one stream in the order of `folders`.
+
+    Of a training split, only the documents that `selection` keeps are in the stream. The held-out split is
+    always whole.
 
     Raises:
-        UserError: for shards that are incomplete, damaged, or of another format.
+        UserError: for shards that are incomplete, damaged, or of another format; for a selection that drops
+            everything.
+    """
+    shards: list[tuple[Path, NDArray[np.float32] | None]] = []
+    counts: list[dict[str, int]] = []
+    sources: dict[str, None] = {}
+    for folder in folders:
+        index = read_index(folder)
+        sources |= dict.fromkeys(index["sources"])
+        token_bytes = 2 if index["vocab_size"] <= 2**16 else 4
+        for number, shard in enumerate(index["shards"]):
+            path, count = shard_folder(folder, number) / split, shard[split]
+            _check(path, count, token_bytes)
+            factors = None
+            if selection is not None and split == "train":
+                factors = selection[folder][number]
+                count = _count_kept(path, factors)
+            shards.append((path, factors))
+            counts.append(count)
+    first_token, first_document = (
+        np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
+    )
+    if selection is not None and split == "train" and first_token[-1] < 2:
+        raise UserError(
+            f"data.selection drops every document of {', '.join(map(repr, sources))}: remove these sources, "
+            "or keep some of their documents"
+        )
+    num_bytes = sum(count["bytes"] for count in counts)
+    # Mappings are kept, but not all: an operating system allows some 65,000.
+    open_shard = functools.lru_cache(maxsize=4096)(lambda number: _open_shard(*shards[number]))
+    return TokenDataset(split, sequence_length, first_token, first_document, num_bytes, open_shard)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `build_shards` says is in `folder`.
+
+    Raises:
+        UserError: for an index that is missing or damaged, or shards of another format.
     """
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -87,26 +180,14 @@ def open_dataset(folder: Path, split: Split, sequence_length: int) -> TokenDatas
         raise UserError(
             f"{folder} has shards of format {index['format']}, not {FORMAT}: remove it and make them again"
         )
-    counts = [shard[split] for shard in index["shards"]]
-    token_bytes = 2 if index["vocab_size"] <= 2**16 else 4
-    for number, count in enumerate(counts):
-        _check(shard_folder(folder, number), split, count, token_bytes)
-    first_token, first_document = (
-        np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
-    )
-    num_bytes = sum(count["bytes"] for count in counts)
-    # Mappings are kept, but not all: an operating system allows some 65,000.
-    open_shard = functools.lru_cache(maxsize=4096)(functools.partial(_open_shard, folder, split))
-    return TokenDataset(split, sequence_length, first_token, first_document, num_bytes, open_shard)
+    return index
 
 
 def train_batch(
-    dataset: TokenDataset, step: int, batch_size: int, seed: int, rows: slice = slice(None)
+    data: TokenDataset | Mixture, step: int, batch_size: int, seed: int, rows: slice = slice(None)
 ) -> Batch:
     """The batch of `step`, of which this host needs `rows`."""
-    place = step * batch_size + np.arange(batch_size)[rows]
-    epoch, within = np.divmod(place, dataset.num_windows)
-    return _assemble(dataset, permute(within, dataset.num_windows, seed, epoch))
+    return _assemble(data.windows(step * batch_size + np.arange(batch_size)[rows], seed))
 
 
 def heldout_batches(
@@ -117,7 +198,8 @@ def heldout_batches(
     Of more than `limit` batches, that many, spread evenly.
     """
     for number in spread(-(-dataset.num_windows // batch_size), limit):
-        yield _assemble(dataset, number * batch_size + np.arange(batch_size)[rows])
+        windows = number * batch_size + np.arange(batch_size)[rows]
+        yield _assemble([Window(dataset, window) for window in windows.tolist()])
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -126,17 +208,17 @@ def spread(count: int, limit: int | None) -> list[int]:
     return [i * count // kept for i in range(kept)]
 
 
-def _assemble(dataset: TokenDataset, windows: NDArray[np.int64]) -> Batch:
-    """Windows [B] as a batch; one from `num_windows` on is padding."""
-    pieces = [piece for window in windows.tolist() for piece in _pieces(dataset, window)]
+def _assemble(windows: list[Window]) -> Batch:
+    length = windows[0].dataset.sequence_length
+    pieces = [piece for window in windows for piece in _pieces(*window)]
     tokens, lengths, documents, weights = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    shape = (len(windows), dataset.sequence_length + 1)
+    shape = (len(windows), length + 1)
     tokens = tokens.astype(np.int32).reshape(shape)
     documents = np.repeat(documents, lengths).reshape(shape)
     weights = np.repeat(weights, lengths).reshape(shape)
 
     inputs, targets = documents[:, :-1], documents[:, 1:]
-    place = np.arange(dataset.sequence_length, dtype=np.int32)
+    place = np.arange(length, dtype=np.int32)
     begins = np.ones_like(inputs, dtype=bool)
     np.not_equal(inputs[:, 1:], inputs[:, :-1], out=begins[:, 1:])
     real = inputs >= 0
@@ -162,36 +244,67 @@ def _pieces(dataset: TokenDataset, window: int) -> Iterator[tuple[NDArray, ...]]
     number = int(dataset.first_token.searchsorted(begin, "right")) - 1
     while begin < end:
         shard, offset = dataset.open_shard(number), int(dataset.first_token[number])
-        start, stop = begin - offset, min(end - offset, len(shard.tokens))
+        start, stop = begin - offset, min(end - offset, int(shard.starts[-1]))
         first, last = int(shard.starts.searchsorted(start, "right")) - 1, int(shard.starts.searchsorted(stop))
         edges = shard.starts[first : last + 1].copy()
         edges[0], edges[-1] = start, stop
+        lengths, shifts = edges[1:] - edges[:-1], shard.shifts[first:last]
         documents = np.arange(first, last) + dataset.first_document[number]
-        yield shard.tokens[start:stop], edges[1:] - edges[:-1], documents, shard.weights[first:last]
+        yield _tokens(shard, start, stop, lengths, shifts), lengths, documents, shard.weights[first:last]
         begin, number = offset + stop, number + 1
     if padding:
         yield np.zeros(padding, np.uint16), np.array([padding]), np.array([-1]), np.zeros(1, np.float32)
 
 
-def _open_shard(folder: Path, split: Split, number: int) -> Shard:
-    path = shard_folder(folder, number) / split
-    columns = (np.load(path / f"{name}.npy", mmap_mode="r") for name in Shard._fields)
-    return Shard(*(np.asarray(column) for column in columns))
+def _tokens(
+    shard: Shard, start: int, stop: int, lengths: NDArray[np.int64], shifts: NDArray[np.int64]
+) -> NDArray:
+    """Tokens `start` to `stop` of the kept ones, which are `lengths` of some documents."""
+    if not len(shifts) or shifts[0] == shifts[-1]:  # nothing is dropped between them
+        shift = int(shifts[0]) if len(shifts) else 0
+        return shard.tokens[start + shift : stop + shift]
+    return shard.tokens[np.arange(start, stop) + np.repeat(shifts, lengths)]
 
 
-def _check(folder: Path, split: Split, count: dict[str, int], token_bytes: int) -> None:
+def _open_shard(path: Path, factors: NDArray[np.float32] | None) -> Shard:
+    """The split of a shard in `path`, without the documents whose factor [D] is 0."""
+    tokens, starts, weights = (_column(path, name) for name in ("tokens", "starts", "weights"))
+    if factors is None:
+        return Shard(tokens, starts, np.broadcast_to(np.int64(0), len(weights)), weights)
+    kept = np.flatnonzero(factors)
+    begins, lengths = starts[kept], starts[kept + 1] - starts[kept]
+    kept_starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Shard(tokens, kept_starts, begins - kept_starts[:-1], weights[kept] * factors[kept])
+
+
+def _count_kept(path: Path, factors: NDArray[np.float32]) -> dict[str, int]:
+    kept = factors > 0
+    tokens, sizes = np.diff(_column(path, "starts")), _column(path, "bytes")
+    return {
+        "documents": int(kept.sum()),
+        "tokens": int(tokens[kept].sum()),
+        "bytes": int(sizes[kept].sum(dtype=np.int64)),
+    }
+
+
+def _column(path: Path, name: str) -> NDArray:
+    return np.asarray(np.load(path / f"{name}.npy", mmap_mode="r"))
+
+
+def _check(folder: Path, count: dict[str, int], token_bytes: int) -> None:
     """Compare sizes: whoever opens a dataset learns now, not in a week, that a file is cut short."""
     documents = count["documents"]
     columns = {
         "tokens": count["tokens"] * token_bytes,
         "starts": 8 * (documents + 1),
         "weights": 4 * documents,
+        "bytes": 4 * documents,
     }
     for name, size in columns.items():
-        path = folder / split / f"{name}.npy"
+        path = folder / f"{name}.npy"
         found = path.stat().st_size if path.exists() else 0
         if found != _NPY_HEADER + size:
             raise UserError(
                 f"{path} is damaged ({found} bytes instead of {_NPY_HEADER + size}): remove the folder "
-                f"{folder} and run the same command again, which makes that shard anew"
+                f"{folder.parent} and run the same command again, which makes that shard anew"
             )

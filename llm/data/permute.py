@@ -7,8 +7,6 @@ and one seed's order of an epoch is the next seed's order of the epoch before.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +14,9 @@ _ROUNDS = 3
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def permute(index: NDArray[np.int64], size: int, seed: int, epoch: NDArray[np.int64]) -> NDArray[np.int64]:
+def permute(
+    index: NDArray[np.int64], size: int | NDArray[np.int64], seed: int, epoch: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Where each `index` of range(size) goes in the permutation that `seed` and its `epoch` choose.
 
     The generalized Feistel cipher of Black & Rogaway 2002, "Ciphers with arbitrary finite domains": an index
@@ -26,20 +26,23 @@ def permute(index: NDArray[np.int64], size: int, seed: int, epoch: NDArray[np.in
 
     Args:
         index: [N], in range(size).
+        size: up to 2**52, where float64 still has exact roots; or [N], each index's own.
         epoch: [N], each index's own.
     """
-    rows = np.uint64(math.isqrt(size - 1) + 1)
-    columns = np.uint64(-(-size // int(rows)))
+    sizes = np.broadcast_to(np.asarray(size, np.uint64), index.shape)
+    all_rows = np.sqrt(sizes - np.uint64(1)).astype(np.uint64) + np.uint64(1)
+    all_columns = (sizes + all_rows - np.uint64(1)) // all_rows
     keys = _mix(_mix(np.array([seed % 2**64], np.uint64)) + epoch.astype(np.uint64) * _GOLDEN)
     cell = index.astype(np.uint64)
     astray = np.arange(len(cell))
     while len(astray):
-        key, (row, column) = keys[astray], np.divmod(cell[astray], columns)
+        key, rows, columns = keys[astray], all_rows[astray], all_columns[astray]
+        row, column = np.divmod(cell[astray], columns)
         for _ in range(_ROUNDS):
             row = (row + _mix(column + (key := key + _GOLDEN)) % rows) % rows
             column = (column + _mix(row + (key := key + _GOLDEN)) % columns) % columns
         cell[astray] = row * columns + column
-        astray = astray[cell[astray] >= size]
+        astray = astray[cell[astray] >= sizes[astray]]
     return cell.astype(np.int64)
 
 

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain, count
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import same_batch, stream, write_shards
 
 from llm.data.loader import Batch, TokenDataset, heldout_batches, open_dataset, train_batch
-
-VOCABULARY = 1000
-
-
-def write_shards(
-    folder: Path, shards: list[list[list[int]]], weights: list[list[float]] | None = None
-) -> Path:
-    """Token shards as `build_shards` lays them out: shards of documents of token ids."""
-    entries = []
-    for number, documents in enumerate(shards):
-        path = folder / f"{number:05d}" / "train"
-        path.mkdir(parents=True)
-        np.save(path / "tokens.npy", np.array([t for d in documents for t in d], np.uint16))
-        np.save(path / "starts.npy", np.cumsum([0, *map(len, documents)], dtype=np.int64))
-        np.save(
-            path / "weights.npy", np.array(weights[number] if weights else [1.0] * len(documents), np.float32)
-        )
-        counts = {"documents": len(documents), "tokens": sum(map(len, documents)), "bytes": 0}
-        entries.append({"train": counts})
-    index = {"format": 1, "vocab_size": VOCABULARY, "shards": entries}
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
-
-
-def stream(lengths: list[list[int]]) -> list[list[list[int]]]:
-    """Shards of documents whose tokens are 0, 1, 2, ... over all."""
-    token = count()
-    return [[[next(token) for _ in range(length)] for length in shard] for shard in lengths]
 
 
 def naive(
@@ -65,20 +36,37 @@ def naive(
     return row
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), length=st.integers(1, 12))
-def test_windows_are_those_of_a_naive_reference(tmp_path_factory, data, length):
-    lengths = data.draw(st.lists(st.lists(st.integers(2, 9), max_size=4), min_size=1, max_size=5).filter(any))
-    shards = stream(lengths)
-    weights = [[data.draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])) for _ in shard] for shard in lengths]
-    dataset = open_dataset(write_shards(tmp_path_factory.mktemp("naive"), shards, weights), "train", length)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), length=st.integers(1, 12), selected=st.booleans())
+def test_windows_are_those_of_a_naive_reference(tmp_path_factory, data, length, selected):
+    """Whatever the shards, in two folders, with and without a selection."""
+    factor = st.sampled_from([0.0, 1.0, 2.0]) if selected else st.just(1.0)
+    document = st.tuples(st.integers(2, 9), st.sampled_from([0.0, 0.5, 1.0, 3.0]), factor)
+    some_kept = st.lists(st.lists(document, max_size=4), min_size=1, max_size=5).filter(
+        lambda shards: any(factor for _, _, factor in chain(*shards))
+    )
+    drawn = data.draw(some_kept)
+    lengths, weights, factors = ([[row[i] for row in shard] for shard in drawn] for i in range(3))
+    shards, cut = stream(lengths), data.draw(st.integers(0, len(drawn)))
+    selection = {}
+    for part in (slice(cut), slice(cut, None)):
+        folder = write_shards(tmp_path_factory.mktemp("naive"), shards[part], weights[part])
+        selection[folder] = [np.array(shard, np.float32) for shard in factors[part]]
+    dataset = open_dataset(list(selection), "train", length, selection if selected else None)
+
+    kept = [
+        [(tokens, weight * factor) for tokens, weight, factor in zip(*shard, strict=True) if factor]
+        for shard in zip(shards, weights, factors, strict=True)
+    ]
+    shards, weights = ([[row[i] for row in shard] for shard in kept] for i in range(2))
+    total = sum(map(len, chain(*shards)))
+    assert (dataset.num_tokens, dataset.num_bytes) == (total, total)
+    assert dataset.num_windows == -(-(total - 1) // length)
     rows = [
         {name: array[row].tolist() for name, array in batch._asdict().items()}
         for batch in heldout_batches(dataset, 3)
         for row in range(3)
     ]
-    total = sum(map(sum, lengths))
-    assert dataset.num_windows == -(-(total - 1) // length)
     for window, row in enumerate(rows):
         expected = naive(shards, weights, length, window) if window < dataset.num_windows else None
         if expected:
@@ -89,7 +77,7 @@ def test_windows_are_those_of_a_naive_reference(tmp_path_factory, data, length):
 
 def test_a_batch_by_hand(tmp_path):
     shards = [[[1, 10, 11, 2], [1, 20, 2]], [[1, 30, 31, 32, 2]]]
-    dataset = open_dataset(write_shards(tmp_path, shards, [[1, 0.5], [2]]), "train", 6)
+    dataset = open_dataset([write_shards(tmp_path, shards, [[1, 0.5], [2]])], "train", 6)
     (batch,) = heldout_batches(dataset, 2)
     assert batch.tokens.tolist() == [[1, 10, 11, 2, 1, 20], [2, 1, 30, 31, 32, 2]]
     assert batch.targets.tolist() == [[10, 11, 2, 1, 20, 2], [1, 30, 31, 32, 2, 0]]
@@ -103,11 +91,7 @@ def test_a_batch_by_hand(tmp_path):
 def dataset(tmp_path_factory) -> TokenDataset:
     generator = np.random.default_rng(0)
     lengths = [generator.integers(2, 40, generator.integers(0, 6)).tolist() for _ in range(12)]
-    return open_dataset(write_shards(tmp_path_factory.mktemp("dataset"), stream(lengths)), "train", 8)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+    return open_dataset([write_shards(tmp_path_factory.mktemp("dataset"), stream(lengths))], "train", 8)
 
 
 def counted(dataset: TokenDataset, batches) -> np.ndarray:
@@ -136,7 +120,7 @@ def test_a_limit_spreads_batches_over_all_windows(dataset):
     every = list(heldout_batches(dataset, 2))
     for limit in range(1, len(every) + 2):
         kept = list(heldout_batches(dataset, 2, limit=limit))
-        places = [i for i, batch in enumerate(every) if any(same(batch, other) for other in kept)]
+        places = [i for i, batch in enumerate(every) if any(same_batch(batch, other) for other in kept)]
         assert len(kept) == len(places) == min(limit, len(every))
         gaps = np.diff([*places, len(every)])
         assert places[0] == 0 and gaps.max() - gaps.min() <= 1
@@ -156,17 +140,17 @@ def test_hosts_share_the_global_batch(dataset):
     for hosts in (1, 2, 4, 8):
         size = 8 // hosts
         parts = [train_batch(dataset, 11, 8, 3, slice(h * size, (h + 1) * size)) for h in range(hosts)]
-        assert same(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), whole)
+        assert same_batch(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), whole)
     held = list(heldout_batches(dataset, 4))
     halves = [list(heldout_batches(dataset, 4, slice(h, h + 2))) for h in (0, 2)]
     for batch, *parts in zip(held, *halves, strict=True):
-        assert same(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), batch)
+        assert same_batch(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), batch)
 
 
 def test_a_batch_does_not_depend_on_history(dataset):
     forward = [train_batch(dataset, step, 4, 0) for step in range(30)]
     for step in reversed(range(30)):
-        assert same(train_batch(dataset, step, 4, 0), forward[step])
+        assert same_batch(train_batch(dataset, step, 4, 0), forward[step])
 
 
 def test_a_batch_size_cuts_the_same_order(dataset):
@@ -176,7 +160,7 @@ def test_a_batch_size_cuts_the_same_order(dataset):
 
 
 def test_a_corpus_smaller_than_a_window_is_padded(tmp_path):
-    dataset = open_dataset(write_shards(tmp_path, [[[5, 6, 7]]]), "train", 8)
+    dataset = open_dataset([write_shards(tmp_path, [[[5, 6, 7]]])], "train", 8)
     batch = train_batch(dataset, 0, 2, 0)
     assert batch.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]] * 2
     assert batch.weights.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
@@ -184,6 +168,6 @@ def test_a_corpus_smaller_than_a_window_is_padded(tmp_path):
 
 def test_weights_can_be_rewritten(tmp_path):
     folder = write_shards(tmp_path, stream([[4, 5], [6]]))
-    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset(folder, "train", 4), 2)) == 12
+    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 12
     np.save(folder / "00000" / "train" / "weights.npy", np.array([0, 2], np.float32))
-    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset(folder, "train", 4), 2)) == 13
+    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 13

@@ -35,6 +35,14 @@ def test_an_index_goes_to_one_place_whatever_it_is_asked_with(size, seed, data):
     assert all(0 <= place < size for place in alone)
 
 
+@given(sizes=st.lists(st.integers(1, 2**52), min_size=1, max_size=20), data=st.data())
+def test_indices_may_have_sizes_of_their_own(sizes, data):
+    index = np.array([data.draw(st.integers(0, size - 1)) for size in sizes])
+    epoch = np.arange(len(sizes))
+    alone = [permute(index[i : i + 1], size, 5, epoch[i : i + 1])[0] for i, size in enumerate(sizes)]
+    assert permute(index, np.array(sizes), 5, epoch).tolist() == alone
+
+
 def test_no_two_orders_are_alike():
     orders = [tuple(permutation(1000, seed, epoch)) for seed in range(10) for epoch in range(10)]
     assert len(set(orders)) == 100

@@ -83,7 +83,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
     wide.vocab_size = 2**16 + 1
     folder = build_shards(open_corpus([text]), wide, tmp_path, SHARD_BYTES)
     assert np.load(folder / "00000/train/tokens.npy").dtype == np.uint32
-    assert open_dataset(folder, "train", 8).num_tokens > 0
+    assert open_dataset([folder], "train", 8).num_tokens > 0
 
 
 def test_a_tokenizer_of_others_may_lack_a_beginning_but_not_an_end(tmp_path, text, tokenizer):
@@ -202,7 +202,7 @@ def test_another_corpus_split_or_tokenizer_is_another_key(tmp_path, text, tokeni
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("file", ["tokens.npy", "starts.npy", "weights.npy"])
+@pytest.mark.parametrize("file", ["tokens.npy", "starts.npy", "weights.npy", "bytes.npy"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_damaged_shard_is_named_and_made_anew(tmp_path, text, tokenizer, built, file, damage):
     folder = tmp_path / built.name
@@ -213,7 +213,7 @@ def test_a_damaged_shard_is_named_and_made_anew(tmp_path, text, tokenizer, built
     else:
         path.unlink()
     with pytest.raises(UserError, match=rf"{path} is damaged.*remove the folder {folder / '00004'} and run"):
-        open_dataset(folder, "train", 8)
+        open_dataset([folder], "train", 8)
     shutil.rmtree(folder / "00004")
     build_shards(open_corpus([text]), tokenizer, tmp_path, SHARD_BYTES)
     assert contents(folder) == contents(built)
@@ -224,4 +224,4 @@ def test_unfinished_shards_are_not_opened(tmp_path, built):
     (tmp_path / "copy" / "index.json").write_text("{")
     for folder in (tmp_path / "copy", tmp_path / "none"):
         with pytest.raises(UserError, match=r"index\.json is missing or damaged: remove it and run"):
-            open_dataset(folder, "train", 8)
+            open_dataset([folder], "train", 8)
