@@ -70,7 +70,8 @@ def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
     axes.set_xlabel(against, color=_INK)
     axes.set_ylabel(unit, color=_INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(left=0)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, length=0)
@@ -132,5 +133,33 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
         if name == "grad_norm":
             axes.set_yscale("log")
         _style(axes, label, "step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Plot how time and memory grow along axes, measured (points) and by arithmetic (dashed), both log.
+
+    Args:
+        panels: by axis, by value on it: `time` and `memory` over those of the axis's first value, the times'
+            range as `time_least` and `time_most`, and both ratios with `_by_arithmetic` added to the name.
+    """
+    columns = 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(8, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, points) in zip(
+        np.ravel(figure.subplots(rows, columns, squeeze=False)), panels.items(), strict=False
+    ):
+        axes.set(xscale="log", yscale="log")
+        at = [float(value) for value in points]
+        column = lambda key, points=points: np.array([p[key] for p in points.values()])  # noqa: E731
+        for quantity, color in (("time", _TRAINING), ("memory", _HELDOUT)):
+            axes.plot(at, column(f"{quantity}_by_arithmetic"), color=color, linewidth=1.2, linestyle="--")
+            axes.plot(at, column(quantity), color=color, marker="o", markersize=5, linestyle="", label=quantity)
+        axes.vlines(at, column("time_least"), column("time_most"), color=_TRAINING, linewidth=1.2)
+        _style(axes, "times the first", name)
+        axes.set_xticks(at, list(points), minor=False)
+        axes.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
