@@ -33,7 +33,6 @@ from llm.report import append_samples, finish
 from llm.start import first_state
 from llm.step import State, jit_train_step, local_rows, put_batch
 from llm.tokenizer import Tokenizer
-from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         start, steps = int(state.step), experiment.train.steps
         if profile is not None and not start < profile <= steps:
             raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
-        copy(text.tokenizer.folder, run.tokenizer)
+        text.tokenizer.save(run.tokenizer)
         state, samples = _run_steps(setup, state, checkpointer, stop, profile)
     done = int(state.step)
     if done < experiment.train.steps:

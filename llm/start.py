@@ -47,7 +47,7 @@ def first_state(
             )
         if meta["tokens_fingerprint"] != text.identity["tokens_fingerprint"]:
             raise UserError(
-                f"the tokenizer in {text.tokenizer.folder} is not the one that checkpoint {step} in "
+                f"the tokenizer in {text.tokenizer.path} is not the one that checkpoint {step} in "
                 f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
             )
         _log.info("resuming from step %d", step)

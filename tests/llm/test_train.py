@@ -283,7 +283,7 @@ def test_two_that_begin_together_share_a_fresh_cache(corpus, tmp_path, monkeypat
     texts.append(prepare(both))
     assert texts[0].identity == texts[1].identity
     assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [
-        texts[0].tokenizer.folder.name
+        texts[0].tokenizer.path.name
     ]
 
 
