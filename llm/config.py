@@ -98,6 +98,10 @@ class Experiment:
                 f"train.accumulation ({self.train.accumulation})"
             )
         vocab = self.tokenizer.vocab_size
+        if vocab is not None and self.tokenizer.path is not None:
+            raise ValueError(
+                "tokenizer.vocab_size is of a tokenizer to train, and tokenizer.path names one: give one of them"
+            )
         if vocab is not None and vocab > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size ({vocab}) is larger than model.vocab_size ({self.model.vocab_size})"

@@ -46,7 +46,7 @@ class Tokenizer:
         except Exception as error:  # the engine raises nothing more precise
             raise UserError(f"the tokenizer in {path} can't be used: {error}") from None
         decoder = json.loads(data).get("decoder") or {}
-        byte_level = "ByteLevel" in [part["type"] for part in (decoder, *decoder.get("decoders", ()))]
+        byte_level = "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
         model = self._engine.model
         self._byte_fallback = not byte_level and isinstance(model, BPE) and model.byte_fallback
         if not byte_level and not self._byte_fallback:

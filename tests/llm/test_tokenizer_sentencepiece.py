@@ -235,7 +235,9 @@ def test_a_stop_token_is_one_within_a_text(both):
     for text in ("\n", ".", " self", "the", "<s>", "\t"):
         i = token_id(both.ours, text)
         assert both.ours.token_bytes(i) == text.encode()
-    assert both.theirs.is_byte(token_id(both.ours, "\n")) and not both.theirs.is_byte(token_id(both.ours, "."))
+    assert both.theirs.is_byte(token_id(both.ours, "\n")) and not both.theirs.is_byte(
+        token_id(both.ours, ".")
+    )
     with pytest.raises(UserError, match=r"--stop '東' is not one token"):
         token_id(both.ours, "東")
 
@@ -261,7 +263,9 @@ def trained(llama, corpus, tmp_path_factory) -> tuple[Path, bytes]:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         whole = llm.report.baselines
-        patch.setattr(llm.report, "baselines", lambda heldout, *rest: seen.append(heldout) or whole(heldout, *rest))
+        patch.setattr(
+            llm.report, "baselines", lambda heldout, *rest: seen.append(heldout) or whole(heldout, *rest)
+        )
         train(tiny(corpus, runs, llama.path))
     return runs / "run", seen[0]
 
@@ -325,7 +329,10 @@ def edited(model: bytes, edit) -> bytes:
         (lambda model: model[: len(model) // 2], "is damaged or no SentencePiece model"),
         (lambda model: b"IQ== 0\nIg== 1\n", r"no SentencePiece model \(Llama 3's is none\)"),
         (lambda model: train_model(model_type="unigram", vocab_size=400), "is a unigram model: only bpe"),
-        (lambda model: train_model(model_type="char", vocab_size=400, hard_vocab_limit=False), "a char model"),
+        (
+            lambda model: train_model(model_type="char", vocab_size=400, hard_vocab_limit=False),
+            "a char model",
+        ),
         (lambda model: train_model(byte_fallback=False), "train it with byte_fallback=True"),
         (lambda model: train_model(normalization_rule_name="nmt_nfkc"), "normalization_rule_name='identity'"),
         (lambda model: train_model(remove_extra_whitespaces=True), "remove_extra_whitespaces=False"),
