@@ -100,7 +100,7 @@ class Experiment:
         vocab = self.tokenizer.vocab_size
         if vocab is not None and self.tokenizer.path is not None:
             raise ValueError(
-                "tokenizer.vocab_size is of a tokenizer to train, and tokenizer.path names one: give one of them"
+                "tokenizer.vocab_size is for a tokenizer to train, and tokenizer.path names one: give either"
             )
         if vocab is not None and vocab > self.model.vocab_size:
             raise ValueError(

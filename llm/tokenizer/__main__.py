@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=train)
 
     command = commands.add_parser("import", help="write another maker's tokenizer as tokenizer.json")
-    command.add_argument("--model", required=True, type=Path, metavar="FILE", help=_PLACE)
+    command.add_argument("--model", required=True, type=Path, metavar="PATH", help=_PLACE)
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write it to")
     command.set_defaults(run=import_)
 

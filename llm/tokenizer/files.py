@@ -138,14 +138,14 @@ def begin_with(token: str, i: int) -> dict:
     }
 
 
-def to_config(bos: str | None, eos: str | None, pad: str | None, **others: str) -> dict:
-    """What stands in `tokenizer_config.json`: the roles of special tokens, and that `tokenizer.json` is all."""
+def to_config(bos: str | None, eos: str | None, pad: str | None, unk: str | None = None) -> dict:
+    """What stands in `tokenizer_config.json`: the roles of special tokens, all else being elsewhere."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": pad,
-        **others,
+        "unk_token": unk,
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),  # how Hugging Face writes that the tokenizer knows no limit
     }

@@ -1,7 +1,9 @@
 """A SentencePiece `.model`, such as Llama 2's, as a `tokenizer.json` that gives the same ids.
 
-The ids are SentencePiece's own. Two things that Hugging Face's conversion loses are kept: a space that begins
-a text, and that a control symbol or a byte's name written in a text is text.
+The ids are SentencePiece's own. Two things that transformers' conversion loses are kept: a space that begins
+a text, and that a control symbol or a byte's name written in a text is text. Two that Hugging Face's engine
+has no way to do stay as in transformers: a text that begins with a user-defined symbol gets no space before
+it, and where spaces are such symbols, more of them than the longest has are cut at other places.
 """
 
 from __future__ import annotations
@@ -31,25 +33,25 @@ def convert(path: Path, config: dict) -> tuple[dict, dict]:
             for tokens in `config` that it doesn't have.
     """
     proto = _parse(path)
-    pieces = [(piece.piece, piece.type) for piece in proto.pieces]
+    pieces = [piece.piece for piece in proto.pieces]
     for token in config.get("added_tokens_decoder", {}).values():
-        if token["content"] not in dict(pieces):
+        if token["content"] not in pieces:
             raise UserError(
                 f"tokenizer_config.json adds {token['content']!r}, which {path} lacks: save both as one "
                 "tokenizer.json with transformers, `AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
             )
     trainer = proto.trainer_spec
     bos, eos, pad, unk = (
-        pieces[i][0] if 0 <= i < len(pieces) else None
+        pieces[i] if 0 <= i < len(pieces) else None
         for i in (trainer.bos_id, trainer.eos_id, trainer.pad_id, trainer.unk_id)
     )
-    roles = to_config(bos, eos, pad, unk_token=unk)
-    return _tokenizer(proto, bos), roles | config | {"tokenizer_class": roles["tokenizer_class"]}
+    roles = to_config(bos, eos, pad, unk)
+    return _tokenizer(proto, bos, unk), roles | config | {"tokenizer_class": roles["tokenizer_class"]}
 
 
 def _parse(path: Path):
     try:
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ImportError:
         raise UserError(
             f"{path}: reading a SentencePiece model needs the extra `data`: pip install -e '.[data]'"
@@ -92,17 +94,18 @@ def _parse(path: Path):
     return proto
 
 
-def _tokenizer(proto, bos: str | None) -> dict:
+def _tokenizer(proto, bos: str | None, unk: str | None) -> dict:
     pieces = list(proto.pieces)
     ids = {piece.piece: i for i, piece in enumerate(pieces)}
-    decoders = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    # `Metaspace` puts its sign before a text, but not before one that begins with that sign already. Its sign
-    # is therefore a space here, which none begins with once spaces are replaced; the second replaces it.
-    metaspace = {"type": "Metaspace", "split": False}
-    prefix = [metaspace | {"replacement": " ", "prepend_scheme": "first"}]
-    prefix += [metaspace | {"replacement": SPACE, "prepend_scheme": "never"}]
-    begins_with_space = proto.normalizer_spec.add_dummy_prefix
-    if begins_with_space:
+    decoders: list[dict] = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    pre_tokenizer = None
+    if proto.normalizer_spec.add_dummy_prefix:
+        # `Metaspace` puts its sign before a text that doesn't begin with that sign already. Here the sign is
+        # a space, and the normalizer has left none: so it always does, and the second replaces that space.
+        metaspace = {"type": "Metaspace", "split": False}
+        prefix = metaspace | {"replacement": " ", "prepend_scheme": "first"}
+        replace = metaspace | {"replacement": SPACE, "prepend_scheme": "never"}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [prefix, replace]}
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
@@ -116,10 +119,10 @@ def _tokenizer(proto, bos: str | None) -> dict:
             or (piece.type == _USER_DEFINED and SPACE not in piece.piece)
         ],
         "normalizer": _replace(" ", SPACE),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": prefix} if begins_with_space else None,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": None if bos is None else begin_with(bos, ids[bos]),
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(proto, ids),
+        "model": _bpe(proto, ids, unk),
     }
 
 
@@ -127,7 +130,7 @@ def _replace(old: str, new: str) -> dict:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _bpe(proto, ids: dict[str, int]) -> dict:
+def _bpe(proto, ids: dict[str, int], unk: str | None) -> dict:
     """Merges are every way to make a piece of two others, the best scored piece first."""
     plain = {piece.piece: piece.score for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     merges = [
@@ -140,7 +143,7 @@ def _bpe(proto, ids: dict[str, int]) -> dict:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+        "unk_token": unk,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,

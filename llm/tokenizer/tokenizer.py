@@ -102,7 +102,10 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of `ids`, with U+FFFD for what isn't UTF-8. Ids that no token has are passed over."""
+        """Text of `ids`, with U+FFFD for what isn't UTF-8. Ids that no token has are passed over.
+
+        (transformers decodes byte tokens in runs, of which it loses all where one byte isn't UTF-8.)
+        """
         special = set(self.special_ids.values()) if skip_special else ()
         return self.decode_bytes([i for i in ids if i not in special]).decode("utf-8", "replace")
 

@@ -1,4 +1,4 @@
-"""Other makers' byte-level tokenizers: the ids and texts of transformers' own classes; what loses text is named."""
+"""Other makers' byte-level tokenizers: the ids of transformers' own classes; what loses text is named."""
 
 from __future__ import annotations
 
