@@ -13,7 +13,11 @@ from llm.model.config import ModelConfig
 
 @config
 class TokenizerConfig:
-    """Where the tokenizer comes from: the folder `path`, or trained on the training split."""
+    """Where the tokenizer comes from: `path`, or trained on the training split.
+
+    `path` is a `tokenizer.json` (byte-level or with byte fallback), a SentencePiece `.model` (bpe, such as
+    Llama 2's), or the folder of one. The ids are the maker's, but special tokens written in a text are text.
+    """
 
     path: str | None = None
     vocab_size: int | None = None  # None: the model's
@@ -98,6 +102,10 @@ class Experiment:
                 f"train.accumulation ({self.train.accumulation})"
             )
         vocab = self.tokenizer.vocab_size
+        if vocab is not None and self.tokenizer.path is not None:
+            raise ValueError(
+                "tokenizer.vocab_size is for a tokenizer to train, and tokenizer.path names one: give either"
+            )
         if vocab is not None and vocab > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size ({vocab}) is larger than model.vocab_size ({self.model.vocab_size})"

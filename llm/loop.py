@@ -29,7 +29,6 @@ from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds
 from llm.setup import Setup, set_up
 from llm.start import first_state, state_at
 from llm.step import State, jit_train_step, local_rows, put_batch, split
-from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         start = int(state.step)
         if profile is not None and not start < profile <= steps:
             raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
-        copy(setup.text.tokenizer.folder, run.tokenizer)
+        setup.text.tokenizer.save(run.tokenizer)
         programs = _compile(setup)
         state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
         while isinstance(outcome, Alarm):

@@ -40,8 +40,9 @@ def evaluation_batches(
 def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mesh: Mesh) -> Evaluate:
     """`evaluate(params, batches) -> {"heldout_loss", "heldout_bits_per_byte"}`, compiled once.
 
-    `token_bytes` [V] is how many bytes of text each token stands for, 0 for a special one: what a token
-    of no bytes costs is counted, as a compressor pays for its end marks.
+    `token_bytes` [2, V] is how many bytes of text each token stands for, within a text and, after a token of
+    no bytes, where it begins one. What a token of no bytes costs is counted, as a compressor pays for its
+    end marks.
     """
     lengths = jnp.asarray(token_bytes, jnp.float32)
 
@@ -50,7 +51,8 @@ def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mes
         hidden = model(batch.tokens, batch.positions, batch.segment_ids).hidden
         counted = (batch.weights > 0).astype(jnp.float32)
         _, parts = cross_entropy(hidden, model.head_kernel, batch.targets, counted, chunk=chunk)
-        return jnp.stack([parts.nll, counted.sum(), (counted * lengths[batch.targets]).sum()])
+        begins = (lengths[0][batch.tokens] == 0).astype(int)
+        return jnp.stack([parts.nll, counted.sum(), (counted * lengths[begins, batch.targets]).sum()])
 
     jitted = jax.jit(sums, in_shardings=(shardings(mesh, blueprint.axes), shardings(mesh, BATCH_AXES)))
 

@@ -306,9 +306,7 @@ def test_two_that_begin_together_share_a_fresh_cache(corpus, tmp_path, monkeypat
     monkeypatch.setattr(llm.prepare, "train_bpe", overtaken)
     texts.append(prepare(both))
     assert texts[0].identity == texts[1].identity
-    assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [
-        texts[0].tokenizer.folder.name
-    ]
+    assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [texts[0].tokenizer.path.name]
 
 
 def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_path):
