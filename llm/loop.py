@@ -21,7 +21,7 @@ from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
 from core.signals import Stop
 from llm.config import Experiment
-from llm.data.loader import Batch, train_batch
+from llm.data.loader import Batch, across_documents, train_batch
 from llm.data.prefetch import prefetch
 from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
 from llm.generate import encode_prompt, sample_texts
@@ -81,7 +81,15 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
 
 def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
     options = experiment.train
-    backend = choose_backend(options.attention, jax.default_backend())
+    backend = choose_backend(
+        options.attention,
+        jax.default_backend(),
+        experiment.model,
+        dtype=options.dtype,
+        length=experiment.data.sequence_length,
+        isolated=experiment.data.isolate,
+        divided=experiment.mesh.context != 1,
+    )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]
     _log.info(
@@ -164,7 +172,8 @@ def _batches(setup: Setup, start: int) -> Iterator[Batch]:
     data = setup.experiment.data
     rows = local_rows(setup.mesh, (data.batch_size, data.sequence_length))
     for step in range(start, setup.experiment.train.steps):
-        yield train_batch(setup.text.train, step, data.batch_size, setup.experiment.seed, rows)
+        batch = train_batch(setup.text.train, step, data.batch_size, setup.experiment.seed, rows)
+        yield batch if data.isolate else across_documents(batch)
 
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:
