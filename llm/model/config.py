@@ -90,8 +90,8 @@ class ModelConfig:
             raise ValueError(f"model.window is {self.window}: it must be at least 1, or null for none")
         if self.window is not None and self.sparsity is not None:
             raise ValueError(
-                "model.window and model.sparsity are both set: a query sees the last keys, or blocks of them; "
-                "set one to null"
+                "model.window and model.sparsity are both set: a query sees the last keys or the last "
+                "blocks; set one to null"
             )
         return self
 

@@ -3,9 +3,10 @@
 The convention is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and nanoGPT: two
 operations for each multiply-add; each parameter of a matrix product, the head's included and the embedding
 lookup's not, costs 2 forward and 4 backward per token; so does, per head dimension, each key that a query
-attends to, twice: for its score and for its value. Unlike them, keys that the mask hides are not counted. Norms, activations and the softmax are left out, and so is whatever is computed again
-(remat): these are the operations a model needs, not those a program runs. Shorter documents in a packed
-sequence are not taken into account.
+attends to, twice: for its score and for its value. Unlike them, keys that the mask hides are not counted.
+Norms, activations and the softmax are left out, and so is whatever is computed again (remat): these are the
+operations a model needs, not those a program runs. Shorter documents in a packed sequence are not taken into
+account.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def visible_keys(config: ModelConfig, sequence_length: int) -> float:
-    """Mean number of keys that a query sees, the area that the mask leaves of the square: S/2 of the triangle."""
+    """Mean number of keys that a query sees, as the area that the mask leaves: S/2 for the triangle."""
     return Mask.of(config).mean_visible(sequence_length)
 
 

@@ -77,8 +77,7 @@ class Mask(NamedTuple):
         if self.sparsity is None:
             window = min(self.window or length, length)
             return window - window**2 / (2 * length)
-        size, count = self.sparsity.block_size, self.sparsity.local_blocks
-        area = 0.0
+        size, area = self.sparsity.block_size, 0.0
         for first in range(0, length, size):
             queries, near = min(size, length - first), self.first_near(first, aligned=True)
             area += queries * (queries / 2 + first - near + min(self.global_keys, near))
@@ -93,6 +92,5 @@ def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     import jax
     import jax.numpy as jnp
 
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    begins = segments[:, 1:] != segments[:, :-1]
-    return jax.lax.cummax(jnp.where(jnp.pad(begins, ((0, 0), (1, 0))), index, 0), axis=1)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)

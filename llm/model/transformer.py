@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         if kv is not None:
             kv = tuple(write(rows, new, view.q_offset) for rows, new in zip(kv, (k, v), strict=True))
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
-            starts = jnp.repeat(starts, groups, axis=0)
+            starts = None if starts is None else jnp.repeat(starts, groups, axis=0)
         weights = None
         if capture:
             weights = attention_weights(q, k, starts, self.mask, view.q_offset)
@@ -170,11 +170,14 @@ class Transformer(nnx.Module):
         """
         cos, sin = rope.rotations(self.config, positions)
         if cache is None:
-            starts = None if segment_ids is None else document_starts(segment_ids)
-            view = View(cos, sin, starts, 0)
+            view = View(cos, sin, None if segment_ids is None else document_starts(segment_ids), 0)
+        elif segment_ids is None:
+            raise ValueError("tokens that a cache remembers need segment ids: 0 for padding")
         else:
             seen = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, cache.length))
-            starts = jax.lax.dynamic_slice_in_dim(document_starts(seen), cache.length, tokens.shape[1], axis=1)
+            starts = jax.lax.dynamic_slice_in_dim(
+                document_starts(seen), cache.length, tokens.shape[1], axis=1
+            )
             view = View(cos, sin, starts, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.

@@ -55,7 +55,9 @@ BACKENDS = ["reference", "blockwise"]
 # Each backend that keeps documents apart, with each mask that it takes.
 ISOLATED = [(config, backend) for config in (ODD, LLAMA, SPARSE) for backend in BACKENDS]
 ISOLATED.append((LLAMA, "pallas"))
-NAMES = [f"{mask}-{backend}" for mask in ("window", "full", "sparse") for backend in BACKENDS] + ["full-pallas"]
+NAMES = [f"{mask}-{backend}" for mask in ("window", "full", "sparse") for backend in BACKENDS] + [
+    "full-pallas"
+]
 LENGTH = 24
 DOCUMENTS = [9, 5, 7]  # and three tokens of padding
 
@@ -119,7 +121,7 @@ def test_packed_equals_unpacked(config, backend):
     assert_same(run(params(config), rows(split=False)), run(params(config), rows(split=True)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS + ["pallas"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "pallas"])
 def test_documents_that_are_not_kept_apart_are_one(backend):
     """As if the row were a single document; and a token sees what stands before it in any of them."""
     batch = rows(split=False)
@@ -132,7 +134,9 @@ def test_documents_that_are_not_kept_apart_are_one(backend):
     tokens[0, 2] += 1
     moved = np.abs(run(joined._replace(tokens=tokens)) - run(joined))[0].max(-1)
     assert np.all(moved[:2] == 0) and np.all(moved[2:] > 1e-6)
-    assert_same(gradient(LLAMA, attention=backend)(params(LLAMA), joined), gradient(LLAMA)(params(LLAMA), joined))
+    assert_same(
+        gradient(LLAMA, attention=backend)(params(LLAMA), joined), gradient(LLAMA)(params(LLAMA), joined)
+    )
 
 
 @pytest.mark.parametrize(("config", "backend"), ISOLATED, ids=NAMES)
@@ -225,7 +229,9 @@ def test_a_step_with_pallas_lowers_for_cuda(monkeypatch):
     config = dataclasses.replace(LLAMA, head_dim=64)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     run = functools.partial(
-        gradients, blueprint(config, Compute("bfloat16", "pallas", "dots")), dataclasses.replace(TRAIN, loss_chunk=64)
+        gradients,
+        blueprint(config, Compute("bfloat16", "pallas", "dots")),
+        dataclasses.replace(TRAIN, loss_chunk=64),
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, 256), x.dtype), rows(split=False))
     lowered = jax.jit(run).trace(blueprint(config).shapes, batch).lower(lowering_platforms=("cuda",))
