@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.attention import mha
 from jaxtyping import Array, Float, Int
 
 from core.mesh import num_shards, spec
@@ -47,6 +46,10 @@ def pallas_attention(
     Raises:
         ValueError: for a length that is no multiple of the kernel's blocks, which it would not notice itself.
     """
+    from jax.experimental.pallas.ops.gpu.attention import (
+        mha,
+    )  # experimental: who doesn't use it needn't have it
+
     length = q.shape[1]
     if any(length % min(length, block) for block in BLOCKS):
         raise ValueError(f"pallas attention needs a multiple of {max(BLOCKS)} tokens, not {length}")
