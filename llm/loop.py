@@ -59,10 +59,11 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         raise UserError("training with several processes is not supported yet: start one")
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
+    model, optimizer = _model(experiment)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
     _check_prompts(experiment, text.tokenizer)
-    setup = Setup(experiment, run, mesh, *_model(experiment), text)
+    setup = Setup(experiment, run, mesh, model, optimizer, text)
     keep = experiment.checkpoint.keep
     # Signals are minded until the last save, which the checkpointer waits for, is on the disk.
     with jax.set_mesh(mesh), Stop() as stop, Checkpointer(run.checkpoints, keep) as checkpointer:
