@@ -121,7 +121,10 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
         tied_head=True,
     )  # fmt: skip
     train = TrainConfig(steps=1000, dtype=spec["dtype"], **spec["train"])
-    backend = choose_backend(train.attention, jax.default_backend())
+    backend = choose_backend(
+        train.attention, jax.default_backend(), config, dtype=train.dtype, length=shape.sequence,
+        isolated=True, divided=False,
+    )  # fmt: skip
     model = blueprint(config, Compute(train.dtype, backend, train.remat, train.scan_layers))
     assert model.count == shape.parameters
     optimizer = make_optimizer(

@@ -34,6 +34,8 @@ class DataConfig:
     # Sources of their own; None: a share of `sources` by name.
     heldout: tuple[str, ...] | None = Field(None, min_length=1)
     heldout_fraction: float = Field(0.05, gt=0, lt=1)
+    # Whether a token sees its own document only; false: all that stands before it in the window.
+    isolate: bool = True
     cache: str | None = None  # tokenizers and token shards; None: `.cache` beside the runs
 
 
@@ -51,7 +53,7 @@ class TrainConfig:
     loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn"] = "auto"
 
 
 @config

@@ -18,7 +18,7 @@ from core.metrics import MetricsWriter, read_metrics
 from core.run import RunFolder, plain
 from core.signals import Stop
 from llm.config import Experiment
-from llm.data.loader import Batch, train_batch
+from llm.data.loader import Batch, across_documents, train_batch
 from llm.data.prefetch import prefetch
 from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
 from llm.generate import sample_texts
@@ -173,7 +173,8 @@ def _batches(setup: Setup, start: int, skipped: Sequence[Span]) -> Iterator[Batc
     rows = local_rows(setup.mesh, (data.batch_size, data.sequence_length))
     for step in range(start, setup.experiment.train.steps):
         number = batch_of(step, skipped)
-        yield train_batch(setup.text.train, number, data.batch_size, setup.experiment.seed, rows)
+        batch = train_batch(setup.text.train, number, data.batch_size, setup.experiment.seed, rows)
+        yield batch if data.isolate else across_documents(batch)
 
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:

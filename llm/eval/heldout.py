@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from core.mesh import shardings
 from core.module import Blueprint, Params
 from llm.config import Experiment
-from llm.data.loader import Batch, TokenDataset, heldout_batches
+from llm.data.loader import Batch, TokenDataset, across_documents, heldout_batches
 from llm.model.loss import cross_entropy
 from llm.step import BATCH_AXES, local_rows, put_batch
 
@@ -34,7 +34,8 @@ def evaluation_batches(
     limit = experiment.eval.batches
     if final or limit is None:
         limit = max(1, FINAL_TOKENS // math.prod(shape))
-    return heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
+    batches = heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
+    return batches if data.isolate else map(across_documents, batches)
 
 
 def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mesh: Mesh) -> Evaluate:
