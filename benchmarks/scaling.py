@@ -91,8 +91,8 @@ def vocabulary(base: Variant) -> dict[str, Variant]:
 
 def loss(base: Variant) -> dict[str, Variant]:
     """All logits at once, then ever fewer, over a vocabulary that outweighs the layers."""
-    base = dataclasses.replace(base, vocab=8 * base.vocab, sequence=4 * base.sequence, batch=1)
-    chunks = [base.sequence // 4**i for i in range(3)]
+    base = dataclasses.replace(base, vocab=16 * base.vocab, sequence=4 * base.sequence, batch=1)
+    chunks = [base.sequence // 2**i for i in range(5)]
     return {f"{n}": dataclasses.replace(base, train={"loss_chunk": n}) for n in chunks}
 
 
@@ -225,11 +225,11 @@ def growth(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
     """Markdown."""
-    print(
-        f"\n| {sweep} | seconds | time / first (range) | FLOPs / first | time / FLOPs | FLOPs of products / needed "
-        "| arguments, MiB | temporaries, MiB | both / arithmetic | resident over first, MiB |"
-    )
-    print("| --- " * 10 + "|")
+    columns = (
+        sweep, "seconds", "time / first (range)", "FLOPs / first", "time / FLOPs", "FLOPs run / needed",
+        "arguments, MiB", "temporaries, MiB", "both / arithmetic", "resident over first, MiB",
+    )  # fmt: skip
+    print(f"\n| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     base, ratios = next(iter(results.values())), growth(results)
     for name, v in results.items():
         r, total = ratios[name], v["arguments"] + v["temporaries"]

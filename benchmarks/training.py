@@ -12,11 +12,12 @@ OPTIMIZER = OptimizerConfig(schedule="constant")
 
 
 class Training:
-    """State, batch and the compiled step. Call `core.devices.prepare()` first."""
+    """State, batch and the compiled step. Each row is one text, as with `data.isolate: false`.
 
-    def __init__(
-        self, config: ModelConfig, train: TrainConfig, batch: int, sequence: int, mesh: MeshConfig
-    ):
+    Call `core.devices.prepare()` first.
+    """
+
+    def __init__(self, config: ModelConfig, train: TrainConfig, batch: int, sequence: int, mesh: MeshConfig):
         import jax
 
         from core.mesh import make_mesh
@@ -26,7 +27,10 @@ class Training:
         from llm.model.transformer import Compute, blueprint
         from llm.step import init_state, jit_train_step, put_batch
 
-        self.backend = choose_backend(train.attention, jax.default_backend())
+        self.backend = choose_backend(
+            train.attention, jax.default_backend(), config, dtype=train.dtype, length=sequence,
+            isolated=False, divided=mesh.context != 1,
+        )  # fmt: skip
         compute = Compute(train.dtype, self.backend, train.remat, train.scan_layers)
         self.model = blueprint(config, compute)
         optimizer = make_optimizer(OPTIMIZER, train.steps, self.model.decay, self.model.axes)
@@ -35,8 +39,8 @@ class Training:
         self.state = init_state(self.model, train, optimizer, devices, seed=0)
         tokens, targets = random_tokens(config.vocab_size, batch, sequence)
         positions = np.broadcast_to(np.arange(sequence, dtype=np.int32), tokens.shape)
-        ones = np.ones(tokens.shape, np.int32)
-        self.batch = put_batch(Batch(tokens, targets, ones, positions, ones.astype(np.float32)), devices)
+        weights = np.ones(tokens.shape, np.float32)
+        self.batch = put_batch(Batch(tokens, targets, None, positions, weights), devices)
         self.traced = jit_train_step(self.model, train, optimizer, devices).trace(self.state, self.batch)
         self.program = self.traced.lower().compile()
 

@@ -156,7 +156,9 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
         column = lambda key, points=points: np.array([p[key] for p in points.values()])  # noqa: E731
         for quantity, color in (("time", _TRAINING), ("memory", _HELDOUT)):
             axes.plot(at, column(f"{quantity}_by_arithmetic"), color=color, linewidth=1.2, linestyle="--")
-            axes.plot(at, column(quantity), color=color, marker="o", markersize=5, linestyle="", label=quantity)
+            axes.plot(
+                at, column(quantity), color=color, marker="o", markersize=5, linestyle="", label=quantity
+            )
         axes.vlines(at, column("time_least"), column("time_most"), color=_TRAINING, linewidth=1.2)
         _style(axes, "times the first", name)
         axes.set_xticks(at, list(points), minor=False)

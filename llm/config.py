@@ -13,7 +13,11 @@ from llm.model.config import ModelConfig
 
 @config
 class TokenizerConfig:
-    """Where the tokenizer comes from: the folder `path`, or trained on the training split."""
+    """Where the tokenizer comes from: `path`, or trained on the training split.
+
+    `path` is a `tokenizer.json` (byte-level or with byte fallback), a SentencePiece `.model` (bpe, such as
+    Llama 2's), or the folder of one. The ids are the maker's, but special tokens written in a text are text.
+    """
 
     path: str | None = None
     vocab_size: int | None = None  # None: the model's
@@ -30,6 +34,8 @@ class DataConfig:
     # Sources of their own; None: a share of `sources` by name.
     heldout: tuple[str, ...] | None = Field(None, min_length=1)
     heldout_fraction: float = Field(0.05, gt=0, lt=1)
+    # Whether a token sees its own document only; false: all that stands before it in the window.
+    isolate: bool = True
     cache: str | None = None  # tokenizers and token shards; None: `.cache` beside the runs
 
 
@@ -47,7 +53,7 @@ class TrainConfig:
     loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn"] = "auto"
 
 
 @config
@@ -98,6 +104,10 @@ class Experiment:
                 f"train.accumulation ({self.train.accumulation})"
             )
         vocab = self.tokenizer.vocab_size
+        if vocab is not None and self.tokenizer.path is not None:
+            raise ValueError(
+                "tokenizer.vocab_size is for a tokenizer to train, and tokenizer.path names one: give either"
+            )
         if vocab is not None and vocab > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size ({vocab}) is larger than model.vocab_size ({self.model.vocab_size})"

@@ -188,23 +188,23 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     Raises:
         UserError: if the text is not one token.
     """
-    ids = [tokenizer.special_ids[token]] if token in tokenizer.special_ids else tokenizer.encode(token)
-    if len(ids) != 1:
-        pieces = [text_of(tokenizer, [i]) for i in ids]
+    found = tokenizer.special_ids.get(token, tokenizer.id_of(token))
+    if found is None:
+        pieces = [text_of(tokenizer, [i]) for i in tokenizer.encode(token)]
         raise UserError(
             f"--stop {token!r} is not one token but {pieces}; special ones are {[*tokenizer.special_ids]}"
         )
-    return ids[0]
+    return found
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of `ids` without special tokens; bytes that are not UTF-8 show as U+FFFD."""
+    """The text of `ids`, which go on with another; no special tokens, and U+FFFD for what isn't UTF-8."""
     decoder = TextDecoder(tokenizer)
     return decoder.add(ids) + decoder.end()
 
 
 class TextDecoder:
-    """Turns tokens into text as they come; the bytes of an unfinished character wait for the rest of it."""
+    """Turns the tokens after a prompt into text as they come, an unfinished character when its rest came."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -18,7 +18,7 @@ from core.metrics import MetricsWriter, read_metrics
 from core.run import RunFolder, plain
 from core.signals import Stop
 from llm.config import Experiment
-from llm.data.loader import Batch, train_batch
+from llm.data.loader import Batch, across_documents, train_batch
 from llm.data.prefetch import prefetch
 from llm.eval.heldout import Evaluate, evaluation_batches, make_evaluate
 from llm.generate import sample_texts
@@ -29,7 +29,6 @@ from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds
 from llm.setup import Setup, set_up
 from llm.start import first_state, state_at
 from llm.step import State, jit_train_step, local_rows, put_batch, split
-from llm.tokenizer.files import copy
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         start = int(state.step)
         if profile is not None and not start < profile <= steps:
             raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
-        copy(setup.text.tokenizer.folder, run.tokenizer)
+        setup.text.tokenizer.save(run.tokenizer)
         programs = _compile(setup)
         state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
         while isinstance(outcome, Alarm):
@@ -174,7 +173,8 @@ def _batches(setup: Setup, start: int, skipped: Sequence[Span]) -> Iterator[Batc
     rows = local_rows(setup.mesh, (data.batch_size, data.sequence_length))
     for step in range(start, setup.experiment.train.steps):
         number = batch_of(step, skipped)
-        yield train_batch(setup.text.train, number, data.batch_size, setup.experiment.seed, rows)
+        batch = train_batch(setup.text.train, number, data.batch_size, setup.experiment.seed, rows)
+        yield batch if data.isolate else across_documents(batch)
 
 
 def _evaluate(setup: Setup, evaluate: Evaluate, state: State, step: int) -> dict[str, float]:

@@ -53,7 +53,7 @@ def prepare(experiment: Experiment) -> Text:
     tokenizer = _tokenizer(experiment, corpus, cache / "tokenizers")
     if tokenizer.vocab_size > experiment.model.vocab_size:
         raise UserError(
-            f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens, more than "
+            f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size ({experiment.model.vocab_size}): raise that to a multiple of 128 above it"
         )
     shards = build_shards(corpus, tokenizer, cache / "shards")
@@ -67,10 +67,17 @@ def prepare(experiment: Experiment) -> Text:
 
 def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer:
     options = experiment.tokenizer
-    if options.path is not None:
-        return Tokenizer.load(Path(options.path))
+    named = None if options.path is None else Tokenizer.load(options.path)
     if experiment.init.source is not None:  # weights mean nothing under another vocabulary
-        return Tokenizer.load(RunFolder.open(Path(experiment.init.source)).tokenizer)
+        theirs = Tokenizer.load(RunFolder.open(Path(experiment.init.source)).tokenizer)
+        if named is not None and named.fingerprint != theirs.fingerprint:
+            raise UserError(
+                f"tokenizer.path: {named.path} is not the tokenizer of init.from's weights ({theirs.path}), "
+                "to which its ids would mean something else: leave tokenizer.path out"
+            )
+        return theirs
+    if named is not None:
+        return named
     vocab_size = options.vocab_size or experiment.model.vocab_size
     key = hashlib.blake2b(f"{corpus.fingerprint} {vocab_size} {options.pattern}".encode(), digest_size=8)
     folder = cache / key.hexdigest()
@@ -91,8 +98,15 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """[V] bytes of text that each id stands for; 0 for special and unused ids."""
+    """[2, V] bytes of text that each id stands for within a text, and where it begins one.
+
+    They are 0 for special and unused ids, and so it is what follows an id of no bytes that begins a text.
+    """
     special = set(tokenizer.special_ids.values())
-    known = range(min(tokenizer.vocab_size, vocab_size))
-    lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in known]
-    return np.pad(np.array(lengths, np.int32), (0, vocab_size - len(lengths)))
+    return np.array(
+        [
+            [0 if i in special else len(tokenizer.token_bytes(i, begins)) for i in range(vocab_size)]
+            for begins in (False, True)
+        ],
+        np.int32,
+    )

@@ -76,13 +76,17 @@ def finish(
 def _read(text: Text, batches: Iterable[Batch], vocab_size: int) -> tuple[bytes, np.ndarray]:
     """The bytes of the tokens that batches predict, and how often each token is among them."""
     lengths = token_bytes(text.tokenizer, vocab_size)
-    table = [text.tokenizer.token_bytes(i) if length else b"" for i, length in enumerate(lengths)]
+    tables = [
+        [text.tokenizer.token_bytes(i, begins)[:length] for i, length in enumerate(lengths[int(begins)])]
+        for begins in (False, True)
+    ]
     counts = np.zeros(vocab_size, np.int64)
     pieces: list[bytes] = []
     for batch in batches:
-        tokens = batch.targets[batch.weights > 0]
+        counted = batch.weights > 0
+        tokens, begins = batch.targets[counted], lengths[0][batch.tokens[counted]] == 0
         counts += np.bincount(tokens, minlength=vocab_size)
-        pieces += [table[token] for token in tokens.tolist()]
+        pieces += [tables[at][token] for at, token in zip(begins.tolist(), tokens.tolist(), strict=True)]
     return b"".join(pieces), counts
 
 

@@ -43,15 +43,24 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
+    model, optimizer = _model(experiment)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
     _check_prompts(experiment, text.tokenizer)
-    return Setup(experiment, run, mesh, *_model(experiment), text)
+    return Setup(experiment, run, mesh, model, optimizer, text)
 
 
 def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
     options = experiment.train
-    backend = choose_backend(options.attention, jax.default_backend())
+    backend = choose_backend(
+        options.attention,
+        jax.default_backend(),
+        experiment.model,
+        dtype=options.dtype,
+        length=experiment.data.sequence_length,
+        isolated=experiment.data.isolate,
+        divided=experiment.mesh.context != 1,
+    )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]
     _log.info(

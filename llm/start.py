@@ -67,7 +67,7 @@ def _require_same_text(checkpointer: Checkpointer, step: int, text: Text) -> Non
         )
     if meta["tokens_fingerprint"] != text.identity["tokens_fingerprint"]:
         raise UserError(
-            f"the tokenizer in {text.tokenizer.folder} is not the one that checkpoint {step} in "
+            f"the tokenizer in {text.tokenizer.path} is not the one that checkpoint {step} in "
             f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
         )
 

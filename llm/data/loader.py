@@ -40,14 +40,26 @@ class Batch(NamedTuple):
     """B windows of S tokens: NumPy from the loader, JAX arrays inside a step.
 
     Documents in a window are numbered 1, 2, ...; 0 is padding. Positions restart with each document. A
-    weight is 0 where the target begins another document or is padding, else the document's own.
+    weight is 0 where the target begins another document or is padding, else the document's own. Segment ids
+    are None where documents are not kept apart (`across_documents`).
     """
 
     tokens: Int[Array, "B S"]
     targets: Int[Array, "B S"]
-    segment_ids: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"] | None
     positions: Int[Array, "B S"]
     weights: Float[Array, "B S"]
+
+
+def across_documents(batch: Batch) -> Batch:
+    """The same windows, each read as one text: positions run on, and tokens see earlier documents.
+
+    So GPT-2 and Llama 2 were trained. Targets and weights stay: the first token of a document follows every
+    end of a text, so there is nothing to learn from it, and losses are of the same tokens either way. Padding
+    comes last in a window, where no token sees it.
+    """
+    positions = np.broadcast_to(np.arange(batch.tokens.shape[1], dtype=np.int32), batch.tokens.shape)
+    return batch._replace(segment_ids=None, positions=positions)
 
 
 class Shard(NamedTuple):

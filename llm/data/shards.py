@@ -83,7 +83,7 @@ def boundaries(tokenizer: Tokenizer) -> tuple[int, int]:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if eos is None:
         raise UserError(
-            f"the tokenizer in {tokenizer.folder} names no token that ends a text: "
+            f"the tokenizer in {tokenizer.path} names no token that ends a text: "
             "set 'eos_token' in its tokenizer_config.json"
         )
     return (eos if bos is None else bos), eos

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from core.mesh import shardings
 from core.module import Blueprint, Params
 from llm.config import Experiment
-from llm.data.loader import Batch, TokenDataset, heldout_batches
+from llm.data.loader import Batch, TokenDataset, across_documents, heldout_batches
 from llm.model.loss import cross_entropy
 from llm.step import BATCH_AXES, local_rows, put_batch
 
@@ -34,14 +34,16 @@ def evaluation_batches(
     limit = experiment.eval.batches
     if final or limit is None:
         limit = max(1, FINAL_TOKENS // math.prod(shape))
-    return heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
+    batches = heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
+    return batches if data.isolate else map(across_documents, batches)
 
 
 def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mesh: Mesh) -> Evaluate:
     """`evaluate(params, batches) -> {"heldout_loss", "heldout_bits_per_byte"}`, compiled once.
 
-    `token_bytes` [V] is how many bytes of text each token stands for, 0 for a special one: what a token
-    of no bytes costs is counted, as a compressor pays for its end marks.
+    `token_bytes` [2, V] is how many bytes of text each token stands for, within a text and, after a token of
+    no bytes, where it begins one. What a token of no bytes costs is counted, as a compressor pays for its
+    end marks.
     """
     lengths = jnp.asarray(token_bytes, jnp.float32)
 
@@ -50,7 +52,8 @@ def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mes
         hidden = model(batch.tokens, batch.positions, batch.segment_ids).hidden
         counted = (batch.weights > 0).astype(jnp.float32)
         _, parts = cross_entropy(hidden, model.head_kernel, batch.targets, counted, chunk=chunk)
-        return jnp.stack([parts.nll, counted.sum(), (counted * lengths[batch.targets]).sum()])
+        begins = (lengths[0][batch.tokens] == 0).astype(int)
+        return jnp.stack([parts.nll, counted.sum(), (counted * lengths[begins, batch.targets]).sum()])
 
     jitted = jax.jit(sums, in_shardings=(shardings(mesh, blueprint.axes), shardings(mesh, BATCH_AXES)))
 

@@ -1,4 +1,16 @@
-"""The one entry to attention. A mask that a backend can't honour is an error, never an approximation."""
+"""The one entry to attention. A mask that a backend can't honour is an error, never an approximation.
+
+| backend     | runs on     | documents apart | window | block sparsity | dtypes            | memory |
+| ----------- | ----------- | --------------- | ------ | -------------- | ----------------- | ------ |
+| `reference` | anything    | yes             | yes    | yes            | any               | S^2    |
+| `blockwise` | anything    | yes             | yes    | yes            | any               | S      |
+| `pallas`    | NVIDIA GPUs | yes             | no     | no             | bfloat16, float16 | S      |
+| `cudnn`     | NVIDIA GPUs | no              | yes    | no             | bfloat16, float16 | S      |
+
+A row without documents of its own (`starts` is None) suits all. Blockwise skips the blocks that a window or
+sparsity empties, cuDNN those outside a window. Shapes that the kernels lack are in `refusal`. On the CPU
+`pallas` is interpreted, for tests. Decoding with a cache and captured maps always take the reference.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +20,130 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from core.errors import UserError
 from llm.model.blockwise import blockwise_attention
+from llm.model.config import ModelConfig
+from llm.model.fused import cudnn_attention, pallas_attention
 from llm.model.layers import contract
+from llm.model.masks import CAUSAL, Mask
 
-Backend = Literal["reference", "blockwise"]
+Backend = Literal["reference", "blockwise", "pallas", "cudnn"]
+FASTEST_FIRST: tuple[Backend, ...] = ("cudnn", "pallas", "blockwise", "reference")
 
 
-def choose_backend(asked: Literal["auto", "reference", "blockwise"], platform: str) -> Backend:
-    """The backend for training on `platform`: blockwise on the CPU, elsewhere the reference."""
-    if asked != "auto":
-        return asked
-    return "blockwise" if platform == "cpu" else "reference"
+def choose_backend(
+    asked: Literal["auto", "reference", "blockwise", "pallas", "cudnn"],
+    platform: str,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    length: int,
+    isolated: bool,
+    divided: bool,
+) -> Backend:
+    """The backend for training on `platform`: the one asked for, or the fastest that takes all the rest.
+
+    Args:
+        asked: `train.attention`.
+        platform: as `jax.default_backend()` names it.
+        config: the model's shape.
+        dtype: of the products.
+        length: of a row, in tokens.
+        isolated: whether the documents of a row are kept apart.
+        divided: whether a row is divided over devices.
+
+    Raises:
+        UserError: if the backend asked for can't do this, with the reason and one that can.
+    """
+
+    def reason(backend: Backend) -> str | None:
+        return refusal(backend, platform, config, dtype, length, isolated, divided)
+
+    best = next(backend for backend in FASTEST_FIRST if reason(backend) is None)
+    if asked == "auto":
+        return best
+    if why := reason(asked):
+        raise UserError(f"train.attention is {asked}, which {why}: set it to {best} or to auto")
+    return asked
+
+
+def refusal(
+    backend: Backend,
+    platform: str,
+    config: ModelConfig,
+    dtype: str,
+    length: int,
+    isolated: bool,
+    divided: bool,
+) -> str | None:
+    """Why a backend can't train with this, to follow "which"; None if it can."""
+    if backend in ("reference", "blockwise"):
+        return None
+    size = config.head_dim
+    checks = [
+        (platform != "gpu", f"runs on NVIDIA GPUs, not on {platform}"),
+        (config.sparsity is not None, "has no block sparsity (model.sparsity)"),
+        (dtype == "float32", "has no float32 products (train.dtype)"),
+        (divided, "needs whole sequences on each device (mesh.context)"),
+    ]
+    if backend == "cudnn":
+        checks += [
+            (isolated, "can't keep the documents of a row apart (data.isolate)"),
+            (size % 8 != 0 or size > 128, f"takes a multiple of 8 up to 128 as model.head_dim, not {size}"),
+        ]
+    else:
+        checks += [
+            (config.window is not None, "has no window (model.window)"),
+            (length % 128 != 0, f"takes a multiple of 128 as data.sequence_length, not {length}"),
+            (not 16 <= size <= 128, f"takes a model.head_dim of 16 to 128, not {size}"),
+        ]
+    return next((why for refuses, why in checks if refuses), None)
 
 
 def attention(
     q: Float[Array, "B S H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G K"],
-    q_segments: Int[Array, "B S"],
-    kv_segments: Int[Array, "B T"],
+    starts: Int[Array, "B S"] | None,
+    mask: Mask = CAUSAL,
     *,
-    window: int | None = None,
     q_offset: int | jax.Array = 0,
     backend: Backend = "reference",
 ) -> Float[Array, "B S H K"]:
-    """Causal softmax attention with grouped keys and values: softmax(q k^T / sqrt(K)) v.
+    """Softmax attention with grouped keys and values: softmax(q k^T / sqrt(K)) v. G divides H.
 
-    Query i stands at index `q_offset + i` of the T keys and sees key j if j is not later, of the same
-    segment, and fewer than `window` indices back. G divides H. A query that sees no key gives NaN.
+    Query i stands at index `q_offset + i` of the T keys, in a document that begins at index `starts[:, i]`
+    (`document_starts`); it sees the keys that `mask` leaves of this document, or of the row if `starts` is
+    None.
 
     Raises:
         ValueError: if `backend` can't honour the mask asked for.
     """
+    if backend == "reference":
+        return weighted_values(attention_weights(q, k, starts, mask, q_offset), v)
+    if not isinstance(q_offset, int) or q_offset or q.shape[1] != k.shape[1]:
+        raise ValueError(f"{backend} attention needs queries and keys at the same indices: use 'reference'")
     if backend == "blockwise":
-        if not isinstance(q_offset, int) or q_offset or q.shape[1] != k.shape[1]:
-            raise ValueError(
-                "blockwise attention needs queries and keys at the same indices: use 'reference'"
-            )
-        return blockwise_attention(q, k, v, q_segments, kv_segments, window)
-    return weighted_values(attention_weights(q, k, q_segments, kv_segments, window, q_offset), v)
+        return blockwise_attention(q, k, v, starts, mask)
+    if mask.sparsity is not None:
+        raise ValueError(f"{backend} attention has no block sparsity: use 'blockwise'")
+    on_cpu = jax.default_backend() == "cpu"
+    if backend == "pallas":
+        if mask.window is not None:
+            raise ValueError("pallas attention has no window: use 'blockwise'")
+        return pallas_attention(q, k, v, starts, interpret=on_cpu)
+    if starts is not None:
+        raise ValueError("cudnn attention can't keep documents apart: use 'pallas' or 'blockwise'")
+    if on_cpu:
+        raise ValueError("cudnn attention runs on NVIDIA GPUs only: use 'blockwise'")
+    return cudnn_attention(q, k, v, mask.window)
 
 
 def attention_weights(
     q: Float[Array, "B S H K"],
     k: Float[Array, "B T G K"],
-    q_segments: Int[Array, "B S"],
-    kv_segments: Int[Array, "B T"],
-    window: int | None = None,
+    starts: Int[Array, "B S"] | None,
+    mask: Mask = CAUSAL,
     q_offset: int | jax.Array = 0,
 ) -> Float[Array, "B G H/G S T"]:
     """The attention map in float32; its rows sum to one."""
@@ -62,11 +151,9 @@ def attention_weights(
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
     scores = contract("bsgrk,btgk->bgrst", q, k, jnp.float32) * head_dim**-0.5
-    i = q_offset + jnp.arange(length)[:, None]
-    j = jnp.arange(k.shape[1])[None, :]
-    visible = (j <= i) if window is None else (j <= i) & (i - j < window)
-    mask = visible & (q_segments[:, :, None] == kv_segments[:, None, :])
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1)
+    i, j = q_offset + jnp.arange(length)[:, None], jnp.arange(k.shape[1])
+    visible = mask.visible(i, j, None if starts is None else starts[:, None, None, :, None])
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 
 def weighted_values(

@@ -27,6 +27,18 @@ class RopeScaling:
 
 
 @config
+class Sparsity:
+    """Blocks of keys that a query sees: the last `local_blocks`, its own included, and a document's first.
+
+    `llm.model.masks` has the definition.
+    """
+
+    block_size: int = Field(ge=1)  # tokens
+    local_blocks: int = Field(ge=1)
+    global_blocks: int = Field(ge=0)
+
+
+@config
 class ModelConfig:
     """A decoder-only Transformer in the Llama, Mistral, Qwen or GPT-NeoX shape."""
 
@@ -46,6 +58,7 @@ class ModelConfig:
     parallel_residual: bool = False
     tied_head: bool = False
     window: int | None = None
+    sparsity: Sparsity | None = None
     rope_theta: float = Field(10000.0, gt=1)
     rope_fraction: float = Field(1.0, gt=0, le=1)
     rope_scaling: RopeScaling | None = None
@@ -75,6 +88,11 @@ class ModelConfig:
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.window is {self.window}: it must be at least 1, or null for none")
+        if self.window is not None and self.sparsity is not None:
+            raise ValueError(
+                "model.window and model.sparsity are both set: a query sees the last keys or the last "
+                "blocks; set one to null"
+            )
         return self
 
     @property

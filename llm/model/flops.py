@@ -3,15 +3,16 @@
 The convention for operations is that of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) and
 nanoGPT: two operations for each multiply-add; each parameter of a matrix product, the head's included and the
 embedding lookup's not, costs 2 forward and 4 backward per token; so does, per head dimension, each key that a
-query attends to, twice: for its score and for its value. Unlike them, keys that the causal mask or the window
-hides are not counted. Norms, activations and the softmax are left out, and so is whatever is computed again
-(remat): these are the operations a model needs, not those a program runs. Shorter documents in a packed
-sequence are not taken into account.
+query attends to, twice: for its score and for its value. Unlike them, keys that the mask hides are not
+counted. Norms, activations and the softmax are left out, and so is whatever is computed again (remat): these
+are the operations a model needs, not those a program runs. Shorter documents in a packed sequence are not
+taken into account.
 """
 
 from __future__ import annotations
 
 from llm.model.config import ModelConfig
+from llm.model.masks import Mask
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -39,9 +40,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def visible_keys(config: ModelConfig, sequence_length: int) -> float:
-    """Mean number of keys that a query sees, a triangle or a band of the square: S/2 without a window."""
-    window = min(config.window or sequence_length, sequence_length)
-    return window - window**2 / (2 * sequence_length)
+    """Mean number of keys that a query sees, as the area that the mask leaves: S/2 for the triangle."""
+    return Mask.of(config).mean_visible(sequence_length)
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

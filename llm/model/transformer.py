@@ -22,6 +22,7 @@ from llm.model.attention import Backend, attention, attention_weights, weighted_
 from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
 from llm.model.layers import Linear, Norm, product, swiglu
+from llm.model.masks import Mask, document_starts
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -51,8 +52,7 @@ class View(NamedTuple):
 
     cos: Float[Array, "B S R"]
     sin: Float[Array, "B S R"]
-    q_segments: Int[Array, "B S"]
-    kv_segments: Int[Array, "B T"]
+    starts: Int[Array, "B S"] | None  # index of the first token of each one's document; None: the row's first
     q_offset: int | jax.Array
 
 
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         d, h, g, k = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         bias, out_bias = config.bias != "none", config.bias == "all"
-        self.window, self.backend = config.window, compute.attention
+        self.mask, self.backend = Mask.of(config), compute.attention
         heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.query = Linear("bsd,dhk->bshk", (d, h, k), heads, fan_in=d, bias=bias, rngs=rngs)
         self.key = Linear("bsd,dhk->bshk", (d, g, k), kv_heads, fan_in=d, bias=bias, rngs=rngs)
@@ -87,18 +87,18 @@ class Attention(nnx.Module):
         q = shard(q, "act_batch", "act_seq", "act_heads", "act_head_dim")
         k = shard(k, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
         v = shard(v, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
-        masks, batch, groups = (view.q_segments, view.kv_segments), x.shape[0], k.shape[2]
+        starts, batch, groups = view.starts, x.shape[0], k.shape[2]
         if kv is not None:
             kv = tuple(write(rows, new, view.q_offset) for rows, new in zip(kv, (k, v), strict=True))
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
-            masks = (jnp.repeat(masks[0], groups, axis=0), jnp.repeat(masks[1], groups, axis=0))
+            starts = None if starts is None else jnp.repeat(starts, groups, axis=0)
         weights = None
         if capture:
-            weights = attention_weights(q, k, *masks, self.window, view.q_offset)
+            weights = attention_weights(q, k, starts, self.mask, view.q_offset)
             y = weighted_values(weights, v)
             weights = weights.reshape(batch, groups, -1, *weights.shape[3:])
         else:
-            y = attention(q, k, v, *masks, window=self.window, q_offset=view.q_offset, backend=self.backend)
+            y = attention(q, k, v, starts, self.mask, q_offset=view.q_offset, backend=self.backend)
         if kv is not None:
             y = from_rows(y, batch)
         y = shard(y, "act_batch", "act_seq", "act_heads", "act_head_dim")
@@ -157,22 +157,28 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"] | None,
         cache: Cache | None = None,
         *,
         capture: bool = False,
     ) -> Output:
         """Hidden states after the final norm; tokens see only earlier ones of their own segment.
 
-        With a `cache` the tokens are appended to it, and the grown one is returned. With `capture` the
-        result's `aux` holds `attention` [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
+        Without segment ids a row is one segment. With a `cache`, which needs them, the tokens are appended to
+        it, and the grown one is returned. With `capture` the result's `aux` holds `attention`
+        [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
         """
         cos, sin = rope.rotations(self.config, positions)
         if cache is None:
-            view = View(cos, sin, segment_ids, segment_ids, 0)
+            view = View(cos, sin, None if segment_ids is None else document_starts(segment_ids), 0)
+        elif segment_ids is None:
+            raise ValueError("tokens that a cache remembers need segment ids: 0 for padding")
         else:
             seen = jax.lax.dynamic_update_slice(cache.segments, segment_ids, (0, cache.length))
-            view = View(cos, sin, segment_ids, seen, cache.length)
+            starts = jax.lax.dynamic_slice_in_dim(
+                document_starts(seen), cache.length, tokens.shape[1], axis=1
+            )
+            view = View(cos, sin, starts, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
@@ -182,7 +188,7 @@ class Transformer(nnx.Module):
             x, aux = self._scan_blocks(x, view, capture)
             return Output(self.norm(x), None, aux)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
-        return Output(self.norm(x), Cache(k, v, view.kv_segments, cache.length + tokens.shape[1]), aux)
+        return Output(self.norm(x), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 
     def _scan_blocks(self, x, view: View, capture: bool):
         graph, stacked = nnx.split(self.blocks)

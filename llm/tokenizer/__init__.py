@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained and encoded from scratch, and run in bulk by Hugging Face's engine."""
+"""Byte-level BPE, trained and encoded from scratch; and any tokenizer, run by Hugging Face's engine."""
 
 from llm.tokenizer.bpe import BPE, SPECIAL_TOKENS
 from llm.tokenizer.files import save

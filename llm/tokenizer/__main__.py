@@ -1,4 +1,4 @@
-"""`python -m llm.tokenizer train | encode | decode | inspect`: the tokenizer alone."""
+"""`python -m llm.tokenizer train | import | encode | decode | inspect`: the tokenizer alone."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llm.tokenizer.patterns import PATTERNS
 from llm.tokenizer.reading import decode_utf8, find_files, read_text
 
 LONGEST = 24  # tokens that `inspect` shows
+_PLACE = "its folder, its tokenizer.json or a SentencePiece .model"
 
 
 def main(arguments: list[str]) -> None:
@@ -33,6 +34,13 @@ def train(options: argparse.Namespace) -> None:
     print(f"wrote a tokenizer of {options.vocab_size} tokens to {options.out}", file=sys.stderr)
 
 
+def import_(options: argparse.Namespace) -> None:
+    refuse_existing(options.out)
+    tokenizer = Tokenizer.load(options.model)
+    tokenizer.save(options.out)
+    print(f"wrote a tokenizer of {tokenizer.vocab_size} ids to {options.out}", file=sys.stderr)
+
+
 def encode(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(options.tokenizer)
     print(*tokenizer.encode(_text(options.text)))
@@ -44,7 +52,7 @@ def decode(options: argparse.Namespace) -> None:
         if not 0 <= token < tokenizer.vocab_size:
             raise UserError(f"{token} is no token id: this tokenizer's are 0 to {tokenizer.vocab_size - 1}")
     # Bytes rather than text: what was encoded comes back exactly, even where it is cut within a character.
-    sys.stdout.buffer.write(b"".join(map(tokenizer.token_bytes, options.ids)))
+    sys.stdout.buffer.write(tokenizer.decode_bytes(options.ids))
     sys.stdout.flush()
     if sys.stdout.isatty():
         print()
@@ -69,7 +77,7 @@ def _show_vocabulary(tokenizer: Tokenizer, console) -> None:
         for i in range(tokenizer.vocab_size)
         if i not in tokenizer.special_ids.values() and (token := tokenizer.token_bytes(i))
     }
-    print(f"{tokenizer.folder}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}")
     roles = {tokenizer.bos_id: "begin of text", tokenizer.eos_id: "end of text", tokenizer.pad_id: "padding"}
     special = Table("id", "token", "role", box=None, title="special tokens", title_justify="left")
     for name, i in sorted(tokenizer.special_ids.items(), key=lambda item: item[1]):
@@ -123,7 +131,7 @@ def _text(argument: str | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m llm.tokenizer", description="Byte-level BPE tokenizers.")
+    parser = argparse.ArgumentParser("python -m llm.tokenizer", description="The tokenizer alone.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("train", help="learn a tokenizer from UTF-8 text files")
@@ -141,13 +149,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=train)
 
+    command = commands.add_parser("import", help="write another maker's tokenizer as tokenizer.json")
+    command.add_argument("--model", required=True, type=Path, metavar="PATH", help=_PLACE)
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write it to")
+    command.set_defaults(run=import_)
+
     for name, run, text in (
         ("encode", encode, "print the ids of a text, by default of standard input"),
         ("decode", decode, "print the text of ids"),
         ("inspect", inspect, "show the vocabulary, or how a text is split into tokens"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="its folder")
+        command.add_argument("--tokenizer", required=True, type=Path, metavar="PATH", help=_PLACE)
         if name == "decode":
             command.add_argument("ids", nargs="+", type=int, metavar="ID")
         else:

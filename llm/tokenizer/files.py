@@ -10,7 +10,7 @@ from core.files import write_atomically
 from llm.tokenizer.bpe import BEGIN, BPE, BYTE_TO_CHAR, END, PAD
 from llm.tokenizer.patterns import PATTERNS
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def save(bpe: BPE, folder: str | Path) -> None:
@@ -25,27 +25,36 @@ def save(bpe: BPE, folder: str | Path) -> None:
     for token in (BEGIN, END, PAD):
         if token not in bpe.special_tokens:
             raise UserError(f"the special token {token} is missing: keep {', '.join((BEGIN, END, PAD))}")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BEGIN,
-        "eos_token": END,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),  # how Hugging Face writes that the tokenizer knows no limit
-    }
-    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    write_atomically(folder / TOKENIZER, json.dumps(to_json(bpe), ensure_ascii=False, indent=1) + "\n")
+    write(folder, as_bytes(to_json(bpe)), to_config(BEGIN, END, PAD))
 
 
-def copy(source: Path, folder: Path) -> None:
-    """Copy a tokenizer into `folder`, whose own is replaced; each file whole or not at all."""
+def write(folder: Path, tokenizer: bytes, config: dict) -> None:
+    """Write both files into `folder`, whose own are replaced; each file whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, TOKENIZER):
-        if (source / name).exists():
-            write_atomically(folder / name, read(source / name))
-        else:
-            (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / CONFIG, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+    write_atomically(folder / TOKENIZER, tokenizer)
+
+
+def as_bytes(tokenizer: dict) -> bytes:
+    """The content of a `tokenizer.json`."""
+    return (json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def find(path: Path) -> Path:
+    """The file that holds a tokenizer: `path`, or in that folder `tokenizer.json` or `tokenizer.model`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return path
+    for name in (TOKENIZER, SENTENCEPIECE):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"there is no tokenizer in {path} (neither {TOKENIZER} nor {SENTENCEPIECE}): "
+        "train one with `python -m llm.tokenizer train`"
+    )
 
 
 def refuse_existing(folder: Path) -> None:
@@ -60,11 +69,6 @@ def read(path: Path) -> bytes:
     """The bytes of a JSON file that holds one object; a `UserError` for any other."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no tokenizer in {path.parent} ({path.name} is missing): "
-            "train one with `python -m llm.tokenizer train`"
-        ) from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     try:
@@ -76,30 +80,13 @@ def read(path: Path) -> bytes:
 
 
 def to_json(bpe: BPE) -> dict:
-    """What stands in `tokenizer.json`: the same splitting, merges and ids, for Hugging Face's engine.
-
-    Where special tokens are asked for, one begin-of-text is put in front, as Llama 3's tokenizer does, and
-    none between the two texts of a pair.
-    """
+    """What stands in `tokenizer.json`: the same splitting, merges and ids, for Hugging Face's engine."""
     tokens = ["".join(BYTE_TO_CHAR[byte] for byte in token) for token in bpe.vocabulary]
-    begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, i in bpe.special_ids.items()
-        ],
+        "added_tokens": [added_token(i, token) for token, i in bpe.special_ids.items()],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -113,12 +100,7 @@ def to_json(bpe: BPE) -> dict:
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
             ],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, first],
-            "pair": [begin, first, second],
-            "special_tokens": {BEGIN: {"id": BEGIN, "ids": [bpe.special_ids[BEGIN]], "tokens": [BEGIN]}},
-        },
+        "post_processor": begin_with(BEGIN, bpe.special_ids[BEGIN]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -132,4 +114,38 @@ def to_json(bpe: BPE) -> dict:
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [[tokens[left], tokens[right]] for left, right in bpe.merges],
         },
+    }
+
+
+def added_token(i: int, content: str, special: bool = True) -> dict:
+    """A token that the engine finds in a text as it is written, before anything else looks at it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **flags, "special": special}
+
+
+def begin_with(token: str, i: int) -> dict:
+    """Where special tokens are asked for, one begin-of-text stands in front, as in Llama 3's tokenizer.
+
+    None stands between the two texts of a pair.
+    """
+    begin = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, second],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+    }
+
+
+def to_config(bos: str | None, eos: str | None, pad: str | None, unk: str | None = None) -> dict:
+    """What stands in `tokenizer_config.json`: the roles of special tokens, all else being elsewhere."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": unk,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),  # how Hugging Face writes that the tokenizer knows no limit
     }

@@ -1,4 +1,4 @@
-"""The tokenizer that all else uses: Hugging Face's engine, over any byte-level `tokenizer.json`."""
+"""The tokenizer that all else uses: Hugging Face's engine, over any tokenizer that can encode every byte."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
+from tokenizers.models import BPE
 
 from core.errors import UserError
 from llm.tokenizer.bpe import BYTE_TO_CHAR
-from llm.tokenizer.files import CONFIG, TOKENIZER, read
+from llm.tokenizer.files import CONFIG, as_bytes, find, read, write
+from llm.tokenizer.sentencepiece import BYTES, SPACE, convert
+
+_PROBE = "A  b\n\té😀"  # case, spaces, and characters that few vocabularies have: what is lost shows here
 
 
 class Tokenizer:
@@ -23,7 +27,7 @@ class Tokenizer:
     calling them special, such as GPT-NeoX's runs of spaces, are vocabulary and are found.)
 
     Attributes:
-        folder: where it was loaded from.
+        path: the folder or file it was loaded from.
         fingerprint: hash of `tokenizer.json`; equal fingerprints give equal ids.
         vocab_size: number of ids, special tokens included.
         special_ids: the ids of the special tokens.
@@ -32,19 +36,24 @@ class Tokenizer:
         pad_id: padding.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        data = read(self.folder / TOKENIZER)
+    def __init__(self, data: bytes, config: dict, path: Path) -> None:
+        """Of the content of `tokenizer.json` and `tokenizer_config.json`. Use `load`."""
+        self.path = path
+        self._files = data, config
         self.fingerprint = hashlib.sha256(data).hexdigest()
-        decoder = json.loads(data).get("decoder") or {}
-        if "ByteLevel" not in [d.get("type") for d in (decoder, *decoder.get("decoders", ()))]:
-            raise UserError(
-                f"{self.folder / TOKENIZER} is not byte-level: only byte-level BPE tokenizers are supported"
-            )
         try:
             self._engine = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the engine raises nothing more precise
-            raise UserError(f"{self.folder / TOKENIZER} can't be used: {error}") from None
+            raise UserError(f"the tokenizer in {path} can't be used: {error}") from None
+        decoder = json.loads(data).get("decoder") or {}
+        byte_level = "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
+        model = self._engine.model
+        self._byte_fallback = not byte_level and isinstance(model, BPE) and model.byte_fallback
+        if not byte_level and not self._byte_fallback:
+            raise UserError(
+                f"the tokenizer in {path} ({type(model).__name__}) is not supported: only byte-level BPE and "
+                "BPE with byte fallback are, to which no text is unknown"
+            )
         self._engine.encode_special_tokens = True
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -52,19 +61,37 @@ class Tokenizer:
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
         # Ids need not be contiguous in the files of others.
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values())
-        config = json.loads(read(self.folder / CONFIG)) if (self.folder / CONFIG).exists() else {}
         self.bos_id, self.eos_id, self.pad_id = (
             self._role(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")
         )
+        encoded = b"".join(map(self.token_bytes, self.encode(_PROBE)))
+        self._adds_space = encoded == b" " + _PROBE.encode()
+        if not self._adds_space and encoded != _PROBE.encode():
+            raise UserError(
+                f"the tokenizer in {path} loses text: its ids of {_PROBE!r} give back {encoded!r}; "
+                "choose one that keeps case, spaces and all characters"
+            )
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` and, for the roles of special tokens, `tokenizer_config.json`.
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json` or a SentencePiece `.model`, or the folder of one.
+
+        The roles of special tokens are those in `tokenizer_config.json` beside it; a `.model` knows its own.
 
         Raises:
-            UserError: if there is none, or it is damaged or not byte-level.
+            UserError: if there is none, or it is damaged, or loses text that it encodes.
         """
-        return cls(folder)
+        file = find(Path(path))
+        beside = file.parent / CONFIG
+        config = json.loads(read(beside)) if beside.exists() else {}
+        if file.suffix != ".model":
+            return cls(read(file), config, Path(path))
+        tokenizer, config = convert(file, config)
+        return cls(as_bytes(tokenizer), config, Path(path))
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`, whose own are replaced."""
+        write(folder, *self._files)
 
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
@@ -75,23 +102,52 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of `ids`, with U+FFFD for what isn't UTF-8. Ids that no token has are passed over."""
-        return self._engine.decode(ids, skip_special_tokens=skip_special)
+        """Text of `ids`, with U+FFFD for what isn't UTF-8. Ids that no token has are passed over.
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, maybe part of a character; none for an id that no token has."""
-        return self._bytes.get(token, b"")
+        (transformers decodes byte tokens in runs, of which it loses all where one byte isn't UTF-8.)
+        """
+        special = set(self.special_ids.values()) if skip_special else ()
+        return self.decode_bytes([i for i in ids if i not in special]).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of `ids`, which begin a text."""
+        return b"".join(self.token_bytes(i, begins=n == 0) for n, i in enumerate(ids))
+
+    def token_bytes(self, token: int, begins: bool = False) -> bytes:
+        """The bytes of one token, maybe part of a character; none for an id that no token has.
+
+        Args:
+            begins: whether it begins a text: then it lacks the space that SentencePiece adds to every text.
+        """
+        found = self._bytes.get(token, b"")
+        return found.removeprefix(b" ") if begins and self._adds_space else found
+
+    def id_of(self, text: str) -> int | None:
+        """The ordinary token that stands for all of `text` within a longer one; None if there is none."""
+        return self._ids.get(text.encode())
 
     @functools.cached_property
     def _bytes(self) -> dict[int, bytes]:
-        byte = {char: bytes([byte]) for byte, char in BYTE_TO_CHAR.items()}
-        table = {
-            i: b"".join(byte[char] for char in token)
-            for token, i in self._engine.get_vocab(with_added_tokens=False).items()
-            if all(char in byte for char in token)
-        }
+        vocabulary = self._engine.get_vocab(with_added_tokens=False)
         added = self._engine.get_added_tokens_decoder()
+        if self._byte_fallback:
+            byte = {piece: bytes([i]) for i, piece in enumerate(BYTES)}
+            table = {i: byte.get(t) or t.replace(SPACE, " ").encode() for t, i in vocabulary.items()}
+        else:
+            byte = {char: bytes([byte]) for byte, char in BYTE_TO_CHAR.items()}
+            table = {
+                i: b"".join(byte[char] for char in token)
+                for token, i in vocabulary.items()
+                if all(char in byte for char in token)
+            }
         return table | {i: token.content.encode() for i, token in added.items()}
+
+    @functools.cached_property
+    def _ids(self) -> dict[bytes, int]:
+        # A byte that has a piece too is encoded as that.
+        fallback = {self._engine.token_to_id(piece) for piece in BYTES} if self._byte_fallback else set()
+        ordinary = self._bytes.keys() - set(self.special_ids.values())
+        return {self._bytes[i]: i for i in sorted(ordinary, key=lambda i: (i not in fallback, -i))}
 
     def _role(self, token: str | dict | None) -> int | None:
         """The id of a token as a config names it: by its text, or by a description of it."""

@@ -79,7 +79,7 @@ def test_documents_come_back(text, tokenizer, built):
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
-    wide = Tokenizer.load(tokenizer.folder)
+    wide = Tokenizer.load(tokenizer.path)
     wide.vocab_size = 2**16 + 1
     folder = build_shards(open_corpus([text]), wide, tmp_path, SHARD_BYTES)
     assert np.load(folder / "00000/train/tokens.npy").dtype == np.uint32
@@ -87,7 +87,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
 
 
 def test_a_tokenizer_of_others_may_lack_a_beginning_but_not_an_end(tmp_path, text, tokenizer):
-    bare = Tokenizer.load(tokenizer.folder)
+    bare = Tokenizer.load(tokenizer.path)
     bare.bos_id = None
     folder = build_shards(open_corpus([text]), bare, tmp_path)
     tokens, starts = (np.load(folder / f"00000/train/{name}.npy") for name in ("tokens", "starts"))
@@ -135,7 +135,7 @@ def builder(
     text: str, tokenizer: Tokenizer, folder: Path, writes: int = 10**9, **environment: str
 ) -> subprocess.Popen:
     """A process that builds the shards and is killed after that many files."""
-    arguments = (text, str(tokenizer.folder), str(folder), str(SHARD_BYTES), str(writes))
+    arguments = (text, str(tokenizer.path), str(folder), str(SHARD_BYTES), str(writes))
     return subprocess.Popen(
         [sys.executable, "-c", BUILD, *arguments],
         env={**os.environ, **environment},

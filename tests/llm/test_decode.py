@@ -22,7 +22,7 @@ from core.options import MeshConfig
 from llm import decode
 from llm.decode import cache_slots, for_decoding, generate, left_pad, stream
 from llm.model.cache import empty_cache, grow
-from llm.model.config import ModelConfig
+from llm.model.config import ModelConfig, Sparsity
 from llm.model.transformer import Compute, Transformer, blueprint
 from llm.sampling import Sampling, prompt_keys
 
@@ -34,6 +34,7 @@ LLAMA = ModelConfig(
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
     "window": {"window": 6},
+    "sparse": {"sparsity": Sparsity(3, 2, 1)},
     "one-key-head": {"num_kv_heads": 1, "tied_head": True},
     "qwen": {"bias": "qkv", "qk_norm": True},
     "neox": {

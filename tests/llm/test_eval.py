@@ -57,7 +57,7 @@ def test_heldout_loss_counts_each_weighted_target_once():
     rng = np.random.default_rng(0)
     model = blueprint(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    lengths = rng.integers(0, 5, 32).astype(np.int32)
+    lengths = rng.integers(0, 5, (2, 32)).astype(np.int32)
     batches = []
     for _ in range(3):
         tokens = rng.integers(0, 32, (4, 9)).astype(np.int32)
@@ -74,7 +74,8 @@ def test_heldout_loss_counts_each_weighted_target_once():
         counted = batch.weights > 0
         nats -= picked[counted].sum()
         tokens_counted += counted.sum()
-        size += lengths[batch.targets][counted].sum()
+        begins = lengths[0][batch.tokens] == 0
+        size += np.where(begins, lengths[1][batch.targets], lengths[0][batch.targets])[counted].sum()
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         got = make_evaluate(model, 4, lengths, mesh)(params, batches)

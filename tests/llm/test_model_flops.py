@@ -13,7 +13,7 @@ from programs import products
 
 from core.config import load
 from llm.config import Experiment
-from llm.model.config import ModelConfig
+from llm.model.config import ModelConfig, Sparsity
 from llm.model.flops import (
     forward_flops_per_token,
     matmul_parameters,
@@ -73,6 +73,13 @@ def test_a_window_hides_keys():
     for window in (100, 400):
         ours = visible_keys(dataclasses.replace(SMALL, window=window), 1000)
         assert ours == pytest.approx(exact(window, 1000), abs=0.5)
+
+
+def test_block_sparsity_hides_keys():
+    """By hand: blocks of 100 in 1000 tokens; a query sees half its own block, three others, the first two."""
+    sparse = dataclasses.replace(SMALL, sparsity=Sparsity(100, 4, 2))
+    before = [0, 100, 200, 300, 400, 500, 500, 500, 500, 500]
+    assert visible_keys(sparse, 1000) == 50 + sum(before) / 10
 
 
 def loss(config: ModelConfig, params, tokens):

@@ -306,9 +306,7 @@ def test_two_that_begin_together_share_a_fresh_cache(corpus, tmp_path, monkeypat
     monkeypatch.setattr(llm.prepare, "train_bpe", overtaken)
     texts.append(prepare(both))
     assert texts[0].identity == texts[1].identity
-    assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [
-        texts[0].tokenizer.folder.name
-    ]
+    assert [path.name for path in (tmp_path / "cache/tokenizers").iterdir()] == [texts[0].tokenizer.path.name]
 
 
 def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_path):
@@ -346,14 +344,25 @@ def test_a_mistake_in_the_data_leaves_no_run_behind(corpus, tmp_path):
         ({"data": {"batch_size": 4}}, r"data\.batch_size / train\.accumulation \(4\) does not divide"),
         ({"tokenizer": {"vocab_size": 280}, "model": {"vocab_size": 288}}, None),
         (
+            {
+                "data": {"isolate": False},
+                "model": {"sparsity": {"block_size": 2, "local_blocks": 2, "global_blocks": 1}},
+            },
+            None,
+        ),
+        (
             {"model": {"vocab_size": 200_000}},
             r"model\.vocab_size \(200000\) is larger than this corpus",
+        ),
+        (
+            {"train": {"attention": "cudnn"}},
+            r"train\.attention is cudnn, which runs on NVIDIA GPUs, not on cpu",
         ),
         ({"eval": {"prompts": ["x", "x" * 99]}}, r"eval\.prompts: 'xxx.* tokens, .* leaves room for 31"),
     ],
 )
 def test_impossible_combinations_are_named(changes, message, corpus, tmp_path):
-    if message is None:  # fewer tokens than the model has rows is fine
+    if message is None:  # this can be: fewer tokens than the model has rows; sparse, documents not apart
         train(experiment(corpus, tmp_path, train={"steps": 1}, **changes))
         return
     with pytest.raises(UserError, match=message):
@@ -370,6 +379,10 @@ def test_impossible_combinations_are_named(changes, message, corpus, tmp_path):
         ({"train": {"z_loss": math.inf}}, r"'train\.z_loss' is inf"),
         ({"data": {"sources": []}}, r"'data\.sources' is \[\]: .* at least 1 item"),
         ({"data": {"heldout": []}}, r"'data\.heldout' is \[\]"),
+        (
+            {"model": {"window": 4, "sparsity": {"block_size": 2, "local_blocks": 1, "global_blocks": 1}}},
+            r"model\.window and model\.sparsity are both set",
+        ),
     ],
 )
 def test_values_out_of_bounds_are_named(changes, message, tmp_path):
