@@ -21,15 +21,19 @@ import resource
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.training import Training
 from benchmarks.worker import Worker, serve, timed
 from core import devices
+from core.errors import run_command
 from core.options import MeshConfig
 from llm.config import TrainConfig
 from llm.model.config import ModelConfig
 from llm.model.flops import num_parameters, training_flops_per_token
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 MIB = 2**20
 HEAD = 64
@@ -122,6 +126,7 @@ def doubled(start: int) -> list[int]:
 
 
 SWEEPS = {f.__name__: f for f in (layers, width, sequence, vocabulary, loss, attention, dtype)}
+AXES = ("layers", "width", "sequence", "vocabulary")  # whose values are numbers; the plot shows these
 
 
 def kept_bytes(variant: Variant, backend: str) -> int:
@@ -152,15 +157,11 @@ def arithmetic_bytes(variant: Variant, backend: str) -> int:
     return 16 * num_parameters(variant.model_config) + kept_bytes(variant, backend) + logits_bytes(variant)
 
 
-def start(spec: dict[str, Any]):
-    """In a worker: facts about a variant's program, and what times its steps."""
-    devices.prepare()
-    variant = Variant(**spec)
-    training = Training(
-        variant.model_config, variant.train_config, variant.batch, variant.sequence, MeshConfig()
-    )
+def compile_step(variant: Variant, mesh: Mesh) -> tuple[dict[str, Any], Training]:
+    """Facts about a variant's program (bytes on a device, and operations), and the step itself."""
     from tests.programs import products
 
+    training = Training(variant.model_config, variant.train_config, variant.batch, variant.sequence, mesh)
     memory = training.program.memory_analysis()
     facts = {
         "parameters": training.model.count,
@@ -171,6 +172,17 @@ def start(spec: dict[str, Any]):
         "flops_needed": variant.flops,
         "flops_of_products": sum(flops for _, flops in products(training.traced.jaxpr.jaxpr)),
     }
+    return facts, training
+
+
+def start(spec: dict[str, Any]):
+    """In a worker: a variant's facts, and what times its steps."""
+    devices.prepare()
+    import jax
+
+    from core.mesh import make_mesh
+
+    facts, training = compile_step(Variant(**spec), make_mesh(MeshConfig(), jax.devices()[:1]))
 
     def answer(turn: float) -> dict[str, float]:
         seconds: list[float] = []
@@ -243,7 +255,7 @@ def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -254,7 +266,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures there, beside those of other sweeps")
     parser.add_argument("--plot", type=Path, help="draw what is measured and what --json holds")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         return serve(functools.partial(start, args.worker))
     from rich.console import Console
@@ -270,8 +282,7 @@ def main() -> None:
     if args.plot:
         from core.plots import plot_growth
 
-        axes = [name for name in ("layers", "width", "sequence", "vocabulary") if name in kept]
-        plot_growth({name: growth(kept[name]) for name in axes}, args.plot)
+        plot_growth({name: growth(kept[name]) for name in AXES if name in kept}, args.plot)
 
 
 def sweeps(text: str) -> list[str]:
@@ -282,4 +293,4 @@ def sweeps(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

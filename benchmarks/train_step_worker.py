@@ -100,13 +100,16 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
     import jax
     import jax.numpy as jnp
 
+    from core.mesh import make_mesh
+
     config = ModelConfig(
         vocab_size=shape.vocab, num_layers=shape.layers, embed_dim=shape.embed, num_heads=shape.heads,
         num_kv_heads=shape.kv_heads, head_dim=shape.head, mlp_dim=shape.mlp, max_length=shape.sequence,
         tied_head=True,
     )  # fmt: skip
     train = TrainConfig(steps=1000, dtype=spec["dtype"], **spec["train"])
-    training = Training(config, train, shape.batch, shape.sequence, MeshConfig(**spec["mesh"]))
+    mesh = make_mesh(MeshConfig(**spec["mesh"]))
+    training = Training(config, train, shape.batch, shape.sequence, mesh)
     assert training.model.count == shape.parameters
     if not Path(spec["weights"]).exists():
         flat = jax.tree_util.tree_flatten_with_path(jax.device_get(training.state.params))[0]

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from core.options import MeshConfig, OptimizerConfig
+from core.options import OptimizerConfig
 from llm.config import TrainConfig
 from llm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 OPTIMIZER = OptimizerConfig(schedule="constant")
 
 
 class Training:
-    """State, batch and the compiled step. Each row is one text, as with `data.isolate: false`.
+    """State, batch and the compiled step. Each row is one text, as with `data.isolate: false`."""
 
-    Call `core.devices.prepare()` first.
-    """
-
-    def __init__(self, config: ModelConfig, train: TrainConfig, batch: int, sequence: int, mesh: MeshConfig):
+    def __init__(self, config: ModelConfig, train: TrainConfig, batch: int, sequence: int, mesh: Mesh):
         import jax
 
-        from core.mesh import make_mesh
         from core.optim import make_optimizer
         from llm.data.loader import Batch
         from llm.model.attention import choose_backend
@@ -29,20 +30,18 @@ class Training:
 
         self.backend = choose_backend(
             train.attention, jax.default_backend(), config, dtype=train.dtype, length=sequence,
-            isolated=False, divided=mesh.context != 1,
+            isolated=False, divided=mesh.shape["context"] != 1,
         )  # fmt: skip
-        compute = Compute(train.dtype, self.backend, train.remat, train.scan_layers)
-        self.model = blueprint(config, compute)
+        self.model = blueprint(config, Compute(train.dtype, self.backend, train.remat, train.scan_layers))
         optimizer = make_optimizer(OPTIMIZER, train.steps, self.model.decay, self.model.axes)
-        devices = make_mesh(mesh)
-        jax.set_mesh(devices)
-        self.state = init_state(self.model, train, optimizer, devices, seed=0)
         tokens, targets = random_tokens(config.vocab_size, batch, sequence)
         positions = np.broadcast_to(np.arange(sequence, dtype=np.int32), tokens.shape)
         weights = np.ones(tokens.shape, np.float32)
-        self.batch = put_batch(Batch(tokens, targets, None, positions, weights), devices)
-        self.traced = jit_train_step(self.model, train, optimizer, devices).trace(self.state, self.batch)
-        self.program = self.traced.lower().compile()
+        with jax.set_mesh(mesh):
+            self.state = init_state(self.model, train, optimizer, mesh, seed=0)
+            self.batch = put_batch(Batch(tokens, targets, None, positions, weights), mesh)
+            self.traced = jit_train_step(self.model, train, optimizer, mesh).trace(self.state, self.batch)
+            self.program = self.traced.lower().compile()
 
     def step(self) -> float:
         """One step, to its end; the loss."""
