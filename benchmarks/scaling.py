@@ -7,8 +7,8 @@ steps each in every round: what counts is the ratio to the sweep's first variant
 beside the ratio of the operations that the model needs (`llm/model/flops.py`) and of those that the program's
 products have, hidden keys and what is computed again included.
 
-Memory is what the compiled program asks for, arguments and temporaries, beside `arithmetic_bytes`; and, since
-a program says little of how it is run, the process's peak of resident memory over that of the first variant.
+Memory is what the compiled program asks for, arguments and temporaries, beside `arithmetic_bytes`. (A
+process's peak of resident memory also holds what compiling took and what glibc keeps.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import resource
 import statistics
 import sys
 from pathlib import Path
@@ -184,12 +183,11 @@ def start(spec: dict[str, Any]):
 
     facts, training = compile_step(Variant(**spec), make_mesh(MeshConfig(), jax.devices()[:1]))
 
-    def answer(turn: float) -> dict[str, float]:
+    def answer(turn: float) -> float:
         seconds: list[float] = []
         while sum(seconds) < turn:
             seconds.append(timed(training.step)[0])
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"seconds": statistics.median(seconds), "resident": peak}
+        return statistics.median(seconds)
 
     return facts, answer
 
@@ -208,9 +206,7 @@ def measure(variants: dict[str, Variant], rounds: int, report) -> dict[str, dict
         for i in range(rounds):
             for name, worker in workers.items():
                 report(f"round {i + 1} of {rounds}: {name}")
-                answer = worker.ask(turn=TURN)
-                results[name]["seconds"].append(answer["seconds"])
-                results[name]["resident"] = answer["resident"]
+                results[name]["seconds"].append(worker.ask(turn=TURN))
     finally:
         for worker in workers.values():
             worker.close()
@@ -239,10 +235,10 @@ def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
     """Markdown."""
     columns = (
         sweep, "seconds", "time / first (range)", "FLOPs / first", "time / FLOPs", "FLOPs run / needed",
-        "arguments, MiB", "temporaries, MiB", "both / arithmetic", "resident over first, MiB",
+        "arguments, MiB", "temporaries, MiB", "both / arithmetic",
     )  # fmt: skip
     print(f"\n| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
-    base, ratios = next(iter(results.values())), growth(results)
+    ratios = growth(results)
     for name, v in results.items():
         r, total = ratios[name], v["arguments"] + v["temporaries"]
         print(
@@ -250,8 +246,7 @@ def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
             f"| {r['time']:.2f} ({r['time_least']:.2f} to {r['time_most']:.2f}) "
             f"| {r['time_by_arithmetic']:.2f} | {r['time'] / r['time_by_arithmetic']:.2f} "
             f"| {v['flops_of_products'] / v['flops_needed']:.2f} "
-            f"| {v['arguments'] / MIB:,.0f} | {v['temporaries'] / MIB:,.0f} | {total / v['arithmetic']:.2f} "
-            f"| {(v['resident'] - base['resident']) / MIB:,.0f} |"
+            f"| {v['arguments'] / MIB:,.0f} | {v['temporaries'] / MIB:,.0f} | {total / v['arithmetic']:.2f} |"
         )
 
 
