@@ -144,24 +144,21 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
         panels: by axis, by value on it: `time` and `memory` over those of the axis's first value, the times'
             range as `time_least` and `time_most`, and both ratios with `_by_arithmetic` added to the name.
     """
-    columns = 2
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // 2)
     figure = Figure(figsize=(8, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, points) in zip(
-        np.ravel(figure.subplots(rows, columns, squeeze=False)), panels.items(), strict=False
-    ):
-        axes.set(xscale="log", yscale="log")
+    places = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
+    for axes, (name, points) in zip(places, panels.items(), strict=False):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
         at = [float(value) for value in points]
-        column = lambda key, points=points: np.array([p[key] for p in points.values()])  # noqa: E731
+        columns = {key: [point[key] for point in points.values()] for key in next(iter(points.values()))}
         for quantity, color in (("time", _TRAINING), ("memory", _HELDOUT)):
-            axes.plot(at, column(f"{quantity}_by_arithmetic"), color=color, linewidth=1.2, linestyle="--")
-            axes.plot(
-                at, column(quantity), color=color, marker="o", markersize=5, linestyle="", label=quantity
-            )
-        axes.vlines(at, column("time_least"), column("time_most"), color=_TRAINING, linewidth=1.2)
-        _style(axes, "times the first", name)
-        axes.set_xticks(at, list(points), minor=False)
-        axes.minorticks_off()
+            axes.plot(at, columns[f"{quantity}_by_arithmetic"], color=color, linewidth=1.2, linestyle="--")
+            axes.plot(at, columns[quantity], color=color, marker="o", linestyle="", label=quantity)
+        axes.vlines(at, columns["time_least"], columns["time_most"], color=_TRAINING, linewidth=1.2)
+        _style(axes, "times the first (dashed: by arithmetic)", name)
+        axes.set_xticks(at, list(points))
+        axes.yaxis.set_major_formatter("{x:g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
