@@ -72,7 +72,7 @@ class Variant:
 BASES = {
     "tiny": Variant(layers=1, width=64, vocab=512, batch=2, sequence=64),
     "laptop": Variant(layers=4, width=128, vocab=2048, batch=4, sequence=256),
-    "gpu": Variant(layers=8, width=1024, vocab=32768, batch=8, sequence=1024),
+    "gpu": Variant(layers=4, width=512, vocab=16384, batch=8, sequence=512),
 }
 
 

@@ -11,7 +11,7 @@ thread pools nor another load on the machine favor one: what counts is the ratio
 set. So a flag's effect is measured like everything else (docs/gpu.md).
 
 Beside the steps stands the time of their matrix products alone, each shape at its fastest in either
-framework: no step can be faster, and the share says how near it comes. MFU is the share of the device's peak
+framework: no step can be faster, and the share says how near it comes. MFU is the share of the devices' peak
 (`core/devices.py`), by the operations that the model needs.
 """
 
@@ -44,8 +44,7 @@ SHAPES = {
 def start_worker(spec: dict[str, Any], name: str) -> Worker:
     """A variant; flags of XLA's may follow its name."""
     variant, *flags = name.split()
-    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share the device's memory
-    env["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+    env = {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
     return Worker("benchmarks.train_step_worker", json.dumps(spec | {"variant": variant}), env=env)
 
 
@@ -80,7 +79,9 @@ def measure(
             for worker in workers.values():
                 worker.close()
     roofline = least(shape, alone) if alone else None
-    peak = peak_flops(workers["ours"].facts["device_kind"], dtype)
+    facts = workers["ours"].facts
+    peak = peak_flops(facts["device_kind"], dtype)
+    peak = peak and peak * facts["devices"]
     return summarize(shape, losses, rounds, roofline, peak) | {"dtype": dtype}
 
 

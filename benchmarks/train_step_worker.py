@@ -68,14 +68,14 @@ class Shape:
 
 
 def start(spec: dict[str, Any]):
-    """What kind of device this is; and what answers `steps` or `product`."""
+    """Facts about the devices, and what answers `steps` or `product`."""
     framework = jax_worker if VARIANTS[spec["variant"]] == "jax" else torch_worker
-    device_kind, step, time_product = framework(spec, Shape(**spec["shape"]))
+    facts, step, time_product = framework(spec, Shape(**spec["shape"]))
 
     def answer(steps: int = 0, product: tuple[int, int, int, int] | None = None):
         return time_steps(step, steps) if product is None else time_product(*product)
 
-    return {"device_kind": device_kind}, answer
+    return facts, answer
 
 
 def time_steps(step: Callable[[], float], count: int) -> dict[str, Any]:
@@ -122,7 +122,8 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype))
         return fastest(lambda: multiply(a, b).block_until_ready())
 
-    return jax.devices()[0].device_kind, training.step, time_product
+    facts = {"device_kind": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return facts, training.step, time_product
 
 
 def torch_worker(spec: dict[str, Any], shape: Shape):
@@ -178,7 +179,7 @@ def torch_worker(spec: dict[str, Any], shape: Shape):
 
         return fastest(multiply)
 
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu", step, time_product
+    return {}, step, time_product
 
 
 def fastest(call: Callable[[], Any], budget: float = 0.15, most: int = 50) -> float:

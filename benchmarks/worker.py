@@ -19,9 +19,10 @@ class Worker:
     """`python -m COMMAND` in its own process, which must `serve`. `facts` are what it said when ready."""
 
     def __init__(self, *command: str, env: dict[str, str] | None = None):
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (env or {})  # they share a device
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | (env or {}),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
         )  # fmt: skip
         assert process.stdin and process.stdout
         self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
