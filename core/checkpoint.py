@@ -57,13 +57,16 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any], hold: int | None = None
+    ) -> None:
         """Save in the background; returns once the arrays are copied, so they may be donated then.
 
         Args:
             step: its number; saving the step that was last saved or restored does nothing.
             params, opt_state: pytrees of arrays.
             meta: whatever JSON can hold; `format` and `step` are added.
+            hold: the newest checkpoint of this step or before is kept however many came after it.
 
         Raises:
             UserError: when this save or the one before it could not be written, such as on a full disk.
@@ -84,7 +87,7 @@ class Checkpointer:
                 self._remove_unfinished()
                 self._set_aside_from(step)
             self._orbax.save(self._unfinished(step), args=items)
-        self._saving = step, self._background.submit(self._finish, step)
+        self._saving = step, self._background.submit(self._finish, step, hold)
 
     def wait(self) -> None:
         """Wait until the last `save` is on the disk, and raise what it raises."""
@@ -177,14 +180,16 @@ class Checkpointer:
     def _unfinished(self, step: int) -> Path:
         return self.folder / f"{step}.saving"
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, hold: int | None) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             manifest.write(self._unfinished(step))
             os.rename(self._unfinished(step), self.folder / str(step))
             sync_folder(self.folder)
+            held = max((old for old in self.steps() if hold is not None and old <= hold), default=None)
             for old in self.steps()[: -self._keep]:
-                self._delete(old)
+                if old != held:
+                    self._delete(old)
 
     def _delete(self, step: int) -> None:
         condemned = self.folder / f"{step}.deleting"
