@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,7 +52,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """One split of the shards in a folder, seen as one stream. `open_dataset` makes it."""
+    """One split of the shards in some folders, seen as one stream. `open_dataset` makes it."""
 
     split: Split
     sequence_length: int
@@ -70,33 +70,26 @@ class TokenDataset:
         return -(-(self.num_tokens - 1) // self.sequence_length)
 
 
-def open_dataset(folder: Path, split: Split, sequence_length: int) -> TokenDataset:
-    """Open what `build_shards` made.
+def open_dataset(folders: Sequence[Path], split: Split, sequence_length: int) -> TokenDataset:
+    """Open what `build_shards` made, as one stream in the order of `folders`.
 
     Raises:
         UserError: for shards that are incomplete, damaged, or of another format.
     """
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        raise UserError(
-            f"{folder}/index.json is missing or damaged: remove it and run the same command again, "
-            "which keeps the shards that are finished"
-        ) from None
-    if index["format"] != FORMAT:
-        raise UserError(
-            f"{folder} has shards of format {index['format']}, not {FORMAT}: remove it and make them again"
-        )
-    counts = [shard[split] for shard in index["shards"]]
-    token_bytes = 2 if index["vocab_size"] <= 2**16 else 4
-    for number, count in enumerate(counts):
-        _check(shard_folder(folder, number), split, count, token_bytes)
+    shards: list[Path] = []
+    counts: list[dict[str, int]] = []
+    for folder in folders:
+        index = _read_index(folder)
+        for number, shard in enumerate(index["shards"]):
+            shards.append(shard_folder(folder, number))
+            counts.append(shard[split])
+            _check(shards[-1], split, counts[-1], 2 if index["vocab_size"] <= 2**16 else 4)
     first_token, first_document = (
         np.cumsum([0, *(count[key] for count in counts)], dtype=np.int64) for key in ("tokens", "documents")
     )
     num_bytes = sum(count["bytes"] for count in counts)
     # Mappings are kept, but not all: an operating system allows some 65,000.
-    open_shard = functools.lru_cache(maxsize=4096)(functools.partial(_open_shard, folder, split))
+    open_shard = functools.lru_cache(maxsize=4096)(lambda number: _open_shard(shards[number], split))
     return TokenDataset(split, sequence_length, first_token, first_document, num_bytes, open_shard)
 
 
@@ -173,9 +166,23 @@ def _pieces(dataset: TokenDataset, window: int) -> Iterator[tuple[NDArray, ...]]
         yield np.zeros(padding, np.uint16), np.array([padding]), np.array([-1]), np.zeros(1, np.float32)
 
 
-def _open_shard(folder: Path, split: Split, number: int) -> Shard:
-    path = shard_folder(folder, number) / split
-    columns = (np.load(path / f"{name}.npy", mmap_mode="r") for name in Shard._fields)
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise UserError(
+            f"{folder}/index.json is missing or damaged: remove it and run the same command again, "
+            "which keeps the shards that are finished"
+        ) from None
+    if index["format"] != FORMAT:
+        raise UserError(
+            f"{folder} has shards of format {index['format']}, not {FORMAT}: remove it and make them again"
+        )
+    return index
+
+
+def _open_shard(folder: Path, split: Split) -> Shard:
+    columns = (np.load(folder / split / f"{name}.npy", mmap_mode="r") for name in Shard._fields)
     return Shard(*(np.asarray(column) for column in columns))
 
 

@@ -71,7 +71,7 @@ def test_windows_are_those_of_a_naive_reference(tmp_path_factory, data, length):
     lengths = data.draw(st.lists(st.lists(st.integers(2, 9), max_size=4), min_size=1, max_size=5).filter(any))
     shards = stream(lengths)
     weights = [[data.draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])) for _ in shard] for shard in lengths]
-    dataset = open_dataset(write_shards(tmp_path_factory.mktemp("naive"), shards, weights), "train", length)
+    dataset = open_dataset([write_shards(tmp_path_factory.mktemp("naive"), shards, weights)], "train", length)
     rows = [
         {name: array[row].tolist() for name, array in batch._asdict().items()}
         for batch in heldout_batches(dataset, 3)
@@ -89,7 +89,7 @@ def test_windows_are_those_of_a_naive_reference(tmp_path_factory, data, length):
 
 def test_a_batch_by_hand(tmp_path):
     shards = [[[1, 10, 11, 2], [1, 20, 2]], [[1, 30, 31, 32, 2]]]
-    dataset = open_dataset(write_shards(tmp_path, shards, [[1, 0.5], [2]]), "train", 6)
+    dataset = open_dataset([write_shards(tmp_path, shards, [[1, 0.5], [2]])], "train", 6)
     (batch,) = heldout_batches(dataset, 2)
     assert batch.tokens.tolist() == [[1, 10, 11, 2, 1, 20], [2, 1, 30, 31, 32, 2]]
     assert batch.targets.tolist() == [[10, 11, 2, 1, 20, 2], [1, 30, 31, 32, 2, 0]]
@@ -103,7 +103,7 @@ def test_a_batch_by_hand(tmp_path):
 def dataset(tmp_path_factory) -> TokenDataset:
     generator = np.random.default_rng(0)
     lengths = [generator.integers(2, 40, generator.integers(0, 6)).tolist() for _ in range(12)]
-    return open_dataset(write_shards(tmp_path_factory.mktemp("dataset"), stream(lengths)), "train", 8)
+    return open_dataset([write_shards(tmp_path_factory.mktemp("dataset"), stream(lengths))], "train", 8)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -176,7 +176,7 @@ def test_a_batch_size_cuts_the_same_order(dataset):
 
 
 def test_a_corpus_smaller_than_a_window_is_padded(tmp_path):
-    dataset = open_dataset(write_shards(tmp_path, [[[5, 6, 7]]]), "train", 8)
+    dataset = open_dataset([write_shards(tmp_path, [[[5, 6, 7]]])], "train", 8)
     batch = train_batch(dataset, 0, 2, 0)
     assert batch.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]] * 2
     assert batch.weights.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
@@ -184,6 +184,6 @@ def test_a_corpus_smaller_than_a_window_is_padded(tmp_path):
 
 def test_weights_can_be_rewritten(tmp_path):
     folder = write_shards(tmp_path, stream([[4, 5], [6]]))
-    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset(folder, "train", 4), 2)) == 12
+    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 12
     np.save(folder / "00000" / "train" / "weights.npy", np.array([0, 2], np.float32))
-    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset(folder, "train", 4), 2)) == 13
+    assert sum(batch.weights.sum() for batch in heldout_batches(open_dataset([folder], "train", 4), 2)) == 13
