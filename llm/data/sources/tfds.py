@@ -36,7 +36,7 @@ class TFDSSource:
             some = range(start, min(start + _RECORDS, end))
             try:
                 records = self.records.__getitems__(some)
-            except Exception as error:  # whatever ArrayRecord's C++ side says
+            except (RuntimeError, OSError) as error:
                 raise UserError(
                     f"tfds:{self.name} can't be read near record {start} ({error}): prepare it again"
                 ) from None
@@ -75,7 +75,7 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
         raise UserError(f"{key}: {source.tfds!r} has no field {field!r}; there are: {there}")
     try:
         info = builder.info.splits[split]
-        records = builder.as_data_source(split, decoders=tfds.decode.PartialDecoding({field: True}))
+        records = builder.as_data_source(split)
     except NotImplementedError:
         raise UserError(
             f"{key}: {source.tfds!r} is prepared in {folder} in a format that has no random access: prepare "
