@@ -167,7 +167,7 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     parts = (corpus.fingerprint, vocab_size, options.pattern, TOKENIZER_BYTES)
     folder = cache / hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
-        size = min(TOKENIZER_BYTES, corpus.num_bytes or TOKENIZER_BYTES)
+        size = None if corpus.num_bytes is None else min(TOKENIZER_BYTES, corpus.num_bytes)
         name = f"{'tokenizer' if options.vocab_size else 'model'}.vocab_size"
         bpe = train_bpe(_sample(corpus), vocab_size, options.pattern, size=size, name=name)
         unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"

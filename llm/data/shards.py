@@ -69,9 +69,9 @@ def build_shards(
     mine = [(member, k) for member, k in share if not shard_folder(places[member], k).exists()]
     if mine:
         _build(mine, places, tokenizer, corpus)
+    built = {member for member, _ in mine}
     for member, place in places.items():
-        built = any(member is one for one, _ in mine)
-        if (built or not (place / "index.json").exists()) and not unfinished(member, place):
+        if (member in built or not (place / "index.json").exists()) and not unfinished(member, place):
             _write_index(member, tokenizer, place)
     return folders
 

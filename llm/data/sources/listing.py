@@ -21,11 +21,7 @@ class File(NamedTuple):
     path: str  # empty for the embedded corpus
     size: int  # bytes
     stamp: str
-
-    @property
-    def identity(self) -> object:
-        """The same for two names of one file."""
-        return os.path.realpath(self.path) if self.path else self.name
+    identity: object  # the same for two names of one file
 
 
 def list_files(pattern: str, key: str) -> list[File]:
@@ -42,7 +38,7 @@ def list_files(pattern: str, key: str) -> list[File]:
 
 def _list_embedded() -> list[File]:
     contents = [(name, embedded_bytes(name)) for name in embedded_names()]
-    return [File(name, "", len(text), _digest(text)) for name, text in contents]
+    return [File(name, "", len(text), _digest(text), name) for name, text in contents]
 
 
 def _list_glob(source: str, key: str) -> list[File]:
@@ -61,7 +57,8 @@ def _list_glob(source: str, key: str) -> list[File]:
     for path in paths:
         status = os.stat(path)
         name = os.path.relpath(path, folder or ".").replace(os.sep, "/")
-        files.append(File(name, os.path.abspath(path), status.st_size, stamp(status)))
+        identity = (status.st_dev, status.st_ino)
+        files.append(File(name, os.path.abspath(path), status.st_size, stamp(status), identity))
     return files
 
 

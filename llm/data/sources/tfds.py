@@ -64,7 +64,7 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
     except ValueError as error:
         raise UserError(
             f"{key}: no data set {source.tfds!r} is prepared in {folder}, nor does TFDS know how to prepare "
-            f"one ({str(error).splitlines()[0]})"
+            f"one ({str(error).splitlines()[0]}): name the folder it was prepared in as 'dir'"
         ) from None
     if not builder.info.splits:
         raise UserError(
