@@ -76,8 +76,8 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
         dataset = builder.as_streaming_dataset(split=split)
     except _ERRORS as error:
         raise UserError(
-            f"{key}: the data set {source.huggingface!r} can't be opened: {_first_line(error)}; check its name, "
-            "'name', 'split' and 'revision', and the connection"
+            f"{key}: the data set {source.huggingface!r} can't be opened: {_first_line(error)}; check its "
+            "name, 'name', 'split' and 'revision', and the connection"
         ) from None
     if dataset.column_names is not None:
         if field not in dataset.column_names:
