@@ -64,6 +64,7 @@ class Member:
     split: Split | None  # None: the names of its documents decide
     threshold: int  # documents whose `name_hash` is below it are held out
     broken_fraction: float
+    shard_bytes: int  # that its shards are meant to have
 
     def documents(self, shard: int, tally: Tally | None = None) -> Iterator[Document]:
         """Read a shard's documents, of both splits. Those that are broken or empty are left out.
@@ -156,7 +157,7 @@ def open_corpus(
     threshold = 0 if held else _threshold([opened for _, opened in train], heldout_fraction)
     groups: tuple[tuple[Split | None, list], ...] = (("train" if held else None, train), ("heldout", held))
     members = [
-        Member(source.label, source.weight, opened, split, threshold, broken_fraction)
+        Member(source.label, source.weight, opened, split, threshold, broken_fraction, shard_bytes)
         for split, group in groups
         for source, opened in group
     ]

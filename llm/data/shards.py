@@ -122,8 +122,9 @@ def boundaries(tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def shards_key(member: Member, tokenizer: Tokenizer) -> str:
-    """16 hex digits for these documents, split this way, as the ids of this tokenizer."""
-    parts = (FORMAT, member.fingerprint, tokenizer.fingerprint, *boundaries(tokenizer))
+    """16 hex digits for these documents, split this way, in these shards, as the ids of this tokenizer."""
+    shards = (FORMAT, member.shard_bytes, member.source.num_shards)
+    parts = (*shards, member.fingerprint, tokenizer.fingerprint, *boundaries(tokenizer))
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
