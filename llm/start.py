@@ -70,6 +70,11 @@ def _require_same_text(checkpointer: Checkpointer, step: int, text: Text) -> Non
             f"the tokenizer in {text.tokenizer.path} is not the one that checkpoint {step} in "
             f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
         )
+    if meta["selection_fingerprint"] != text.identity["selection_fingerprint"]:
+        raise UserError(
+            f"data.selection has changed since checkpoint {step} in {checkpointer.folder} was written: "
+            "restore it, or start another run (run.name) that begins from this one (init.from)"
+        )
 
 
 def _require_record(checkpointer: Checkpointer, step: int, run: RunFolder) -> None:
