@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from core import manifest
 from core.errors import UserError
 from core.files import sync_folder
+from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
 _log = logging.getLogger(__name__)
@@ -282,6 +283,20 @@ class Checkpointer:
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; "
                 f"{rest}{remedy} and run the same command with --resume"
             ) from error
+
+
+def newest_params(run: RunFolder, target: Any) -> Any:
+    """The parameters of a run's newest checkpoint that is intact, placed as `Checkpointer.restore` says.
+
+    Raises:
+        UserError: when there is no such checkpoint, or it is of another tree, shape or type.
+    """
+    with Checkpointer(run.checkpoints) as checkpointer:
+        step = checkpointer.newest_intact(optimizer=False)
+        if step is None:
+            raise UserError(f"{run.path} has no checkpoint yet: train it first, or until `checkpoint.every`")
+        _log.info("%s, step %d", run.path, step)
+        return checkpointer.restore_params(step, target)
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
