@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from core import manifest
 from core.errors import UserError
 from core.files import sync_folder
+from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
 _log = logging.getLogger(__name__)
@@ -57,13 +58,16 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any], hold: int | None = None
+    ) -> None:
         """Save in the background; returns once the arrays are copied, so they may be donated then.
 
         Args:
             step: its number; saving the step that was last saved or restored does nothing.
             params, opt_state: pytrees of arrays.
             meta: whatever JSON can hold; `format` and `step` are added.
+            hold: the newest checkpoint of this step or before is kept however many came after it.
 
         Raises:
             UserError: when this save or the one before it could not be written, such as on a full disk.
@@ -84,7 +88,7 @@ class Checkpointer:
                 self._remove_unfinished()
                 self._set_aside_from(step)
             self._orbax.save(self._unfinished(step), args=items)
-        self._saving = step, self._background.submit(self._finish, step)
+        self._saving = step, self._background.submit(self._finish, step, hold)
 
     def wait(self) -> None:
         """Wait until the last `save` is on the disk, and raise what it raises."""
@@ -177,14 +181,16 @@ class Checkpointer:
     def _unfinished(self, step: int) -> Path:
         return self.folder / f"{step}.saving"
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, hold: int | None) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             manifest.write(self._unfinished(step))
             os.rename(self._unfinished(step), self.folder / str(step))
             sync_folder(self.folder)
+            held = max((old for old in self.steps() if hold is not None and old <= hold), default=None)
             for old in self.steps()[: -self._keep]:
-                self._delete(old)
+                if old != held:
+                    self._delete(old)
 
     def _delete(self, step: int) -> None:
         condemned = self.folder / f"{step}.deleting"
@@ -277,6 +283,20 @@ class Checkpointer:
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; "
                 f"{rest}{remedy} and run the same command with --resume"
             ) from error
+
+
+def newest_params(run: RunFolder, target: Any) -> Any:
+    """The parameters of a run's newest checkpoint that is intact, placed as `Checkpointer.restore` says.
+
+    Raises:
+        UserError: when there is no such checkpoint, or it is of another tree, shape or type.
+    """
+    with Checkpointer(run.checkpoints) as checkpointer:
+        step = checkpointer.newest_intact(optimizer=False)
+        if step is None:
+            raise UserError(f"{run.path} has no checkpoint yet: train it first, or until `checkpoint.every`")
+        _log.info("%s, step %d", run.path, step)
+        return checkpointer.restore_params(step, target)
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:

@@ -189,15 +189,20 @@ def _set(data: dict, origins: dict[str, str], keys: list[str], value: Any) -> No
 def _refuse_unknown(
     schema: type, data: dict, prefix: tuple[str, ...], origins: dict[str, str], where: str, valid: list[str]
 ) -> None:
-    sections = dict(_sections(schema))
+    sections, lists = dict(_sections(schema)), dict(_lists(schema))
     names = [field_alias(field) for field in dataclasses.fields(schema)]
     for key, value in data.items():
-        full = ".".join((*prefix, str(key)))
+        name = (*prefix, str(key))
+        full = ".".join(name)
         if key not in names:
             hint = _nearest_keys(str(key), prefix, names, valid)
             raise UserError(f"{_place(full, origins, where)}: unknown key '{full}'; {hint}")
         if key in sections and isinstance(value, dict):
-            _refuse_unknown(sections[key], value, (*prefix, str(key)), origins, where, valid)
+            _refuse_unknown(sections[key], value, name, origins, where, valid)
+        elif key in lists and isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(lists[key], item, (*name, str(i)), origins, where, valid)
 
 
 def _nearest_keys(key: str, prefix: tuple[str, ...], names: list[str], valid: list[str]) -> str:
@@ -223,13 +228,27 @@ def field_alias(field: dataclasses.Field) -> str:
 
 
 def _sections(schema: type) -> Iterator[tuple[str, type]]:
+    """Keys whose value is a section."""
+    for key, option in _options(schema):
+        if dataclasses.is_dataclass(option):
+            yield key, option  # type: ignore[misc]
+
+
+def _lists(schema: type) -> Iterator[tuple[str, type]]:
+    """Keys whose value is a list of sections."""
+    for key, option in _options(schema):
+        item = typing.get_args(option)[0] if typing.get_origin(option) is tuple else None
+        if dataclasses.is_dataclass(item):
+            yield key, item  # type: ignore[misc]
+
+
+def _options(schema: type) -> Iterator[tuple[str, Any]]:
+    """Keys and the types that they may have."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        for option in options:
-            if dataclasses.is_dataclass(option):
-                yield field_alias(field), option  # type: ignore[misc]
+        for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+            yield field_alias(field), option
 
 
 def _place(key: str, origins: dict[str, str], where: str) -> str:

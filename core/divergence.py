@@ -45,7 +45,8 @@ class Monitor:
         self._options = options
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in _FLOORS}
         self._bad: dict[str, int] = dict.fromkeys((*_FLOORS, *options.watch), 0)  # values in a row
-        self._best: dict[str, tuple[int, float]] = {}
+        self._best: dict[str, float] = {}
+        self._good: dict[str, int] = {}  # the last step at which a value was not bad
 
     def observe(self, step: int, values: Mapping[str, float | int]) -> Alarm | None:
         """The alarm that the figures of a training step, `loss` and `grad_norm`, raise if any."""
@@ -71,6 +72,11 @@ class Monitor:
         return None
 
     @property
+    def good(self) -> int:
+        """The last step of which nothing bad is known; 0 before the first."""
+        return min(self._good.values(), default=0)
+
+    @property
     def limits(self) -> dict[str, float]:
         """What `loss` and `grad_norm` are a spike above at the next step; NaN while there is no telling."""
         limits = {name: self._limit(name) for name in _FLOORS}
@@ -80,7 +86,7 @@ class Monitor:
         recent, scaled = self._recent[name], _scaled(name, value)
         limit = self._limit(name)
         if limit is None or scaled <= limit:
-            self._bad[name] = 0
+            self._bad[name], self._good[name] = 0, step
             recent.append(scaled)
             return None
         self._bad[name] += 1
@@ -106,23 +112,18 @@ class Monitor:
         return middle + self._options.threshold * max(deviation, floor)
 
     def _turn(self, step: int, name: str, value: float, better: str) -> Alarm | None:
-        good, best = self._best.get(name, (step, value))
-        worse = (value - best) * (1 if better == "min" else -1)
+        good, best = self._good.get(name, 0), self._best.get(name, value)
         if not math.isfinite(value):
-            return Alarm(step, good if name in self._best else 0, name, value, f"{name} is {value}")
-        if worse <= 0:
-            self._best[name] = step, value
-        if worse <= MARGIN * abs(best):
-            self._bad[name] = 0
+            return Alarm(step, good, name, value, f"{name} is {value}")
+        self._best[name] = min(best, value) if better == "min" else max(best, value)
+        if abs(value - self._best[name]) <= MARGIN * abs(best):
+            self._bad[name], self._good[name] = 0, step
             return None
         self._bad[name] += 1
         if self._bad[name] < self._options.patience:
             return None
-        count = self._bad[name]
-        reason = (
-            f"{name} is {value:.4g}, for {count} evaluation{'s' * (count > 1)} worse than {best:.4g} "
-            f"at step {good}"
-        )
+        times = f"{self._bad[name]} evaluation{'s' * (self._bad[name] > 1)}"
+        reason = f"{name} is {value:.4g}, for {times} worse than its best, {best:.4g}"
         return Alarm(step, good, name, value, reason)
 
 

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-_TRAINING, _HELDOUT, _INK, _GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
-_COURSES = ("#9a9a9a", _HELDOUT, _TRAINING)
+BLUE, RED, INK, GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
+_COURSES = ("#9a9a9a", RED, BLUE)
 
 
 def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
@@ -23,20 +23,31 @@ def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
         metrics: lines as `core.metrics.read_metrics` gives them: `tokens` (so far) and `loss` in each,
             `heldout_loss` in some. Values that aren't finite leave a gap.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     tokens, loss = _columns(metrics, "loss")
-    axes.plot(tokens, loss, color=_TRAINING, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, loss, color=BLUE, alpha=0.25, linewidth=0.8)
     smooth = _smoothed(loss)
-    _draw(axes, tokens, smooth, "training (smoothed)", color=_TRAINING, linewidth=2)
+    _draw(axes, tokens, smooth, "training (smoothed)", color=BLUE, linewidth=2)
     heldout_tokens, heldout = _columns(metrics, "heldout_loss")
-    _draw(axes, heldout_tokens, heldout, "held-out", color=_HELDOUT, linewidth=1.6, marker="o", markersize=5)
+    _draw(axes, heldout_tokens, heldout, "held-out", color=RED, linewidth=1.6, marker="o", markersize=5)
     shown = np.concatenate([smooth[len(smooth) // 20 :], heldout])
     if shown.size and shown.min() < shown.max():
         room = 0.08 * (shown.max() - shown.min())
         axes.set_ylim(shown.min() - room, shown.max() + room)  # the first steps' fall would flatten the rest
     _style(axes, "loss (nats a token)")
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -67,19 +78,19 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, **style) -> None:
 
 
 def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
-    axes.set_xlabel(against, color=_INK)
-    axes.set_ylabel(unit, color=_INK)
+    axes.set_xlabel(against, color=INK)
+    axes.set_ylabel(unit, color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_xscale() == "linear":
         axes.set_xlim(left=0)
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0)
+    axes.tick_params(colors=INK, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_INK)
+        spine.set_color(INK)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=_INK)
+        axes.legend(frameon=False, labelcolor=INK)
 
 
 class Course(NamedTuple):
@@ -91,14 +102,12 @@ class Course(NamedTuple):
 
 def plot_courses(panels: Sequence[Mapping[str, Course]], path: Path) -> None:
     """Plot the loss of runs against their steps, a panel for each group, and thin what rewinds gave up."""
-    figure = Figure(figsize=(8, 3.8 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.8 * len(panels))
     for axes, courses in zip(np.atleast_1d(figure.subplots(len(panels))), panels, strict=True):
         for (name, course), color in zip(courses.items(), _COURSES, strict=False):
             _draw_course(axes, name, course, color)
         _style(axes, "loss (nats a token)", "steps")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _draw_course(axes: Axes, name: str, course: Course, color: str) -> None:
@@ -116,25 +125,23 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
     Args:
         limits: `core.divergence.Monitor.limits` before each line of the course's metrics.
     """
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 6)
     names = {"loss": "loss (nats a token)", "grad_norm": "gradient norm"}
     steps = np.array([line["step"] for line in course.metrics])
     for axes, (name, label) in zip(figure.subplots(2, sharex=True), names.items(), strict=True):
-        axes.plot(*_columns(course.metrics, name, "step"), color=_TRAINING, linewidth=0.8, label=name)
+        axes.plot(*_columns(course.metrics, name, "step"), color=BLUE, linewidth=0.8, label=name)
         limit = np.array([line[name] for line in limits])
-        axes.plot(steps, limit, color=_HELDOUT, linewidth=1.2, linestyle="--", label="limit")
+        axes.plot(steps, limit, color=RED, linewidth=1.2, linestyle="--", label="limit")
         for rewind in course.rewinds:
-            axes.axvspan(rewind.restored, rewind.step, color=_HELDOUT, alpha=0.12, linewidth=0)
+            axes.axvspan(rewind.restored, rewind.step, color=RED, alpha=0.12, linewidth=0)
             if name == "loss":
                 lost = [np.nan if value is None else value for value in rewind.lost_loss]
                 given_up = rewind.restored + 1 + np.arange(len(lost))
-                axes.plot(given_up, lost, color=_HELDOUT, linewidth=0.8, label="given up")
+                axes.plot(given_up, lost, color=RED, linewidth=0.8, label="given up")
         if name == "grad_norm":
             axes.set_yscale("log")
         _style(axes, label, "step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
@@ -145,20 +152,18 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
             range as `time_least` and `time_most`, and both ratios with `_by_arithmetic` added to the name.
     """
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(8, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.4 * rows)
     places = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
     for axes, (name, points) in zip(places, panels.items(), strict=False):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         at = [float(value) for value in points]
         columns = {key: [point[key] for point in points.values()] for key in next(iter(points.values()))}
-        for quantity, color in (("time", _TRAINING), ("memory", _HELDOUT)):
+        for quantity, color in (("time", BLUE), ("memory", RED)):
             axes.plot(at, columns[f"{quantity}_by_arithmetic"], color=color, linewidth=1.2, linestyle="--")
             axes.plot(at, columns[quantity], color=color, marker="o", linestyle="", label=quantity)
-        axes.vlines(at, columns["time_least"], columns["time_most"], color=_TRAINING, linewidth=1.2)
+        axes.vlines(at, columns["time_least"], columns["time_most"], color=BLUE, linewidth=1.2)
         _style(axes, "times the first (dashed: by arithmetic)", name)
         axes.set_xticks(at, list(points))
         axes.yaxis.set_major_formatter("{x:g}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

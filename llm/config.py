@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config import config
 from core.options import CheckpointConfig, DivergenceConfig, MeshConfig, OptimizerConfig, RunConfig
+from llm.data.config import Source, check_weights
 from llm.model.config import ModelConfig
 
 
@@ -26,17 +27,32 @@ class TokenizerConfig:
 
 @config
 class DataConfig:
-    """What is read and in which pieces. A source is `embedded` or a glob of UTF-8 text or code files."""
+    """What is read and in which pieces.
+
+    A source is a string, `embedded` or a glob of files, or a mapping, as `{path: "*.jsonl", field: body}`,
+    `{huggingface: NAME, split: train}` or `{tfds: NAME}`, see `Source` and docs/data.md.
+    """
 
     sequence_length: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # sequences in a step, over all devices and microbatches
-    sources: tuple[str, ...] = Field(("embedded",), min_length=1)
+    sources: tuple[Source, ...] = Field((Source(path="embedded"),), min_length=1)
     # Sources of their own; None: a share of `sources` by name.
-    heldout: tuple[str, ...] | None = Field(None, min_length=1)
+    heldout: tuple[Source, ...] | None = Field(None, min_length=1)
     heldout_fraction: float = Field(0.05, gt=0, lt=1)
     # Whether a token sees its own document only; false: all that stands before it in the window.
     isolate: bool = True
+    broken_fraction: float = Field(0.001, ge=0, lt=1)  # of the records in a shard that may be left out
+    # A file that drops documents or weighs them, see `llm.data.selection`; None: all count alike.
+    selection: str | None = None
     cache: str | None = None  # tokenizers and token shards; None: `.cache` beside the runs
+
+    @model_validator(mode="after")
+    def _check(self):
+        check_weights(self.sources)
+        for number, source in enumerate(self.heldout or ()):
+            if source.weight is not None:
+                raise ValueError(f"data.heldout.{number} has a weight: held-out text is read once, all of it")
+        return self
 
 
 @config

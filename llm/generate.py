@@ -72,10 +72,12 @@ def main(argv: list[str]) -> None:
     stop = stop_ids(tokenizer) + [token_id(tokenizer, token) for token in args.stop]
     log.setup("llm")
     devices.prepare()
+    from core.checkpoint import newest_params
+    from llm.model.transformer import blueprint
     from llm.sampling import Sampling
 
     sampling = Sampling.of(args.temperature, args.top_k, args.top_p)
-    params = _load_params(run, experiment.model)
+    params = newest_params(run, blueprint(experiment.model).shapes)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompts]
     _generate(args, experiment, tokenizer, params, prompts, sampling, stop)
 
@@ -119,19 +121,6 @@ def _generate(args, experiment: Experiment, tokenizer: Tokenizer, params, prompt
             print(json.dumps(answer, ensure_ascii=False))
     seconds = time.perf_counter() - started
     _log.info("%d tokens in %.1f s with compiling", sum(len(row.token_ids) for row in rows), seconds)
-
-
-def _load_params(run: RunFolder, config: ModelConfig) -> dict[str, Any]:
-    """The parameters of the newest checkpoint that is intact, on the first device."""
-    from core.checkpoint import Checkpointer
-    from llm.model.transformer import blueprint
-
-    with Checkpointer(run.checkpoints) as checkpointer:
-        step = checkpointer.newest_intact(optimizer=False)
-        if step is None:
-            raise UserError(f"{run.path} has no checkpoint yet: train it first, or until `checkpoint.every`")
-        _log.info("%s, step %d", run.path, step)
-        return checkpointer.restore_params(step, blueprint(config).shapes)
 
 
 def sample_texts(

@@ -123,7 +123,7 @@ def _run_steps(
             stopping = stop.signal is not None
             if stopping or _is_due(experiment.checkpoint.every, step, steps):
                 with meter.lap("checkpoint"):
-                    _save(setup, state, step, skipped, checkpointer)
+                    _save(setup, state, step, skipped, monitor.good, checkpointer)
             if stopping:
                 break
     return state, samples
@@ -201,13 +201,16 @@ def _sample(setup: Setup, state: State, step: int) -> list[str]:
     return samples
 
 
-def _save(setup: Setup, state: State, step: int, skipped: Sequence[Span], checkpointer: Checkpointer) -> None:
+def _save(
+    setup: Setup, state: State, step: int, skipped: Sequence[Span], good: int, checkpointer: Checkpointer
+) -> None:
+    """Save, and keep what a divergence that only begins to show would go back to."""
     meta = {
         "config": to_dict(setup.experiment),
         "data": {"next_step": batch_of(step, skipped), "skipped": merged(skipped)},
         **setup.text.identity,
     }
-    checkpointer.save(step, *split(state), meta)
+    checkpointer.save(step, *split(state), meta, hold=good - setup.experiment.divergence.skip)
 
 
 def _profile(tracing: contextlib.ExitStack, run: RunFolder, first: int | None, step: int) -> None:

@@ -1,25 +1,41 @@
-"""What has to stand before the first step: a tokenizer and token shards, made where they are missing."""
+"""`python -m llm.prepare --config FILE`: the tokenizer and the token shards of a run.
+
+Training makes what is missing; this command makes it beforehand, on as many machines as there are. It needs
+no JAX: in a Slurm array, the same line in each task tokenizes a corpus together.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import logging
+import os
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from core.errors import UserError
+from core import log
+from core.config import add_arguments, load
+from core.errors import UserError, run_command
 from core.run import RunFolder
 from llm.config import Experiment
-from llm.data.corpus import Corpus, open_corpus
-from llm.data.loader import TokenDataset, open_dataset
-from llm.data.shards import build_shards, shards_key
+from llm.data.corpus import Corpus, Member, open_corpus
+from llm.data.loader import Mixture, TokenDataset, open_dataset, spread
+from llm.data.selection import read_selection, selection_fingerprint
+from llm.data.shards import build_shards, shards_key, unfinished
 from llm.tokenizer import Tokenizer, save, train_bpe
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("llm.prepare")  # also where this is the main module
+
+# A tokenizer is trained on no more bytes than this, from at most so many shards. nanochat takes as much for
+# 65,536 tokens; counting it takes ten minutes on two cores at the rate of benchmarks/RESULTS.md.
+TOKENIZER_BYTES = 2_000_000_000
+_TOKENIZER_SHARDS = 256
 
 
 class Text(NamedTuple):
@@ -27,16 +43,55 @@ class Text(NamedTuple):
 
     corpus: Corpus
     tokenizer: Tokenizer
-    train: TokenDataset
+    train: TokenDataset | Mixture
     heldout: TokenDataset
+    selection: str | None  # fingerprint of what `data.selection` says of the documents
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint keeps to know its text again: the documents, and their ids."""
+    def identity(self) -> dict[str, str | None]:
+        """What a checkpoint keeps to know its text again: the documents, their ids, and which are kept."""
+        keys = [shards_key(member, self.tokenizer) for member in self.corpus.members]
         return {
             "corpus_fingerprint": self.corpus.fingerprint,
-            "tokens_fingerprint": shards_key(self.corpus, self.tokenizer),
+            "tokens_fingerprint": hashlib.blake2b(repr(keys).encode(), digest_size=8).hexdigest(),
+            "selection_fingerprint": self.selection,
         }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llm.prepare", description=__doc__)
+    add_arguments(parser)
+    array = "default: that of the Slurm array this runs in, else"
+    parser.add_argument("--task", type=int, metavar="I", help=f"which of the tasks this is; {array} 0")
+    parser.add_argument("--tasks", type=int, metavar="N", help=f"how many share the shards; {array} 1")
+    args = parser.parse_args(argv)
+    experiment = load(Experiment, args.config, args.overrides)
+    task, tasks = _share(args.task, args.tasks, os.environ)
+    log.setup("llm")
+    corpus, _, folders = _tokenize(experiment, task, tasks)
+    left = sum(len(unfinished(*pair)) for pair in zip(corpus.members, folders, strict=True))
+    _log.info(
+        "corpus %s: %d of %d shards are finished%s",
+        corpus.fingerprint, len(corpus.shards) - left, len(corpus.shards),
+        "; the others are other tasks'" if left else ", in " + ", ".join(map(str, folders)),
+    )  # fmt: skip
+
+
+def _share(task: int | None, tasks: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which task this is, of how many: as the command line says, else as Slurm does."""
+    if task is None and tasks is None and "SLURM_ARRAY_TASK_ID" in environment:
+        number, first, step, tasks = (
+            int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+            for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
+        )
+        task = (number - first) // step
+    task, tasks = task or 0, 1 if tasks is None else tasks
+    if not 0 <= task < tasks:
+        raise UserError(
+            f"task {task} of {tasks}: tasks are numbered from 0 to --tasks less one; in a Slurm array, give "
+            "the range alone (--array=0-15)"
+        )
+    return task, tasks
 
 
 def prepare(experiment: Experiment) -> Text:
@@ -45,24 +100,67 @@ def prepare(experiment: Experiment) -> Text:
     Both are kept by the fingerprint of what they were made from, so a changed corpus makes new ones.
 
     Raises:
-        UserError: for sources that can't be read, or a tokenizer that doesn't fit the model.
+        UserError: for sources that can't be read, a split without documents, or a tokenizer that doesn't
+            fit the model.
     """
+    corpus, tokenizer, folders = _tokenize(experiment)
+    data, length = experiment.data, experiment.data.sequence_length
+    heldout = open_dataset(folders, "heldout", length)
+    _refuse_empty(experiment, corpus, folders)
+    selection = read_selection(Path(data.selection), folders) if data.selection else None
+    trained = [(m, f) for m, f in zip(corpus.members, folders, strict=True) if m.split != "heldout"]
+    weights = [member.weight for member, _ in trained if member.weight is not None]
+    train: TokenDataset | Mixture
+    if weights:
+        train = Mixture([open_dataset([f], "train", length, selection) for _, f in trained], weights)
+    else:
+        train = open_dataset([folder for _, folder in trained], "train", length, selection)
+    _log.info(
+        "corpus %s: %s tokens to train on, %s held out",
+        corpus.fingerprint, f"{train.num_tokens:,}", f"{heldout.num_tokens:,}",
+    )  # fmt: skip
+    return Text(
+        corpus, tokenizer, train, heldout, None if selection is None else selection_fingerprint(selection)
+    )
+
+
+def _tokenize(
+    experiment: Experiment, task: int = 0, tasks: int = 1
+) -> tuple[Corpus, Tokenizer, tuple[Path, ...]]:
+    """The corpus, its tokenizer, and each member's shards, of which a task makes its own."""
     data = experiment.data
     cache = Path(data.cache) if data.cache else Path(experiment.run.dir) / ".cache"
-    corpus = open_corpus(data.sources, data.heldout, data.heldout_fraction)
+    corpus = open_corpus(data.sources, data.heldout, data.heldout_fraction, data.broken_fraction)
     tokenizer = _tokenizer(experiment, corpus, cache / "tokenizers")
     if tokenizer.vocab_size > experiment.model.vocab_size:
         raise UserError(
             f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size ({experiment.model.vocab_size}): raise that to a multiple of 128 above it"
         )
-    shards = build_shards(corpus, tokenizer, cache / "shards")
-    train, heldout = (open_dataset([shards], split, data.sequence_length) for split in ("train", "heldout"))
-    _log.info(
-        "corpus %s: %s tokens to train on, %s held out",
-        corpus.fingerprint, f"{train.num_tokens:,}", f"{heldout.num_tokens:,}",
-    )  # fmt: skip
-    return Text(corpus, tokenizer, train, heldout)
+    return corpus, tokenizer, build_shards(corpus, tokenizer, cache / "shards", task, tasks)
+
+
+def _refuse_empty(experiment: Experiment, corpus: Corpus, folders: Sequence[Path]) -> None:
+    """Both splits must hold documents, and so must the training split of each source that has a weight."""
+    train = [_count(folder, "train") for folder in folders]
+    held = sum(_count(folder, "heldout") for folder in folders)
+    fraction = f"data.heldout_fraction ({experiment.data.heldout_fraction:g})"
+    if not held:
+        raise UserError(
+            "data.heldout holds no document" if experiment.data.heldout
+            else f"no document is held out: raise {fraction}, or name sources of their own in data.heldout"
+        )  # fmt: skip
+    weighted = [m.label for m, count in zip(corpus.members, train, strict=True) if m.weight and not count]
+    if weighted or not sum(train):
+        raise UserError(
+            f"no document of {weighted[0] if weighted else 'data.sources'!r} is left to train on: "
+            f"lower {fraction}, or name sources of their own in data.heldout"
+        )
+
+
+def _count(folder: Path, split: str) -> int:
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return sum(shard[split]["documents"] for shard in index["shards"])
 
 
 def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer:
@@ -79,12 +177,12 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     if named is not None:
         return named
     vocab_size = options.vocab_size or experiment.model.vocab_size
-    key = hashlib.blake2b(f"{corpus.fingerprint} {vocab_size} {options.pattern}".encode(), digest_size=8)
-    folder = cache / key.hexdigest()
+    parts = (corpus.fingerprint, vocab_size, options.pattern, TOKENIZER_BYTES)
+    folder = cache / hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
-        texts = (document.text for document in corpus.documents("train"))
+        size = None if corpus.num_bytes is None else min(TOKENIZER_BYTES, corpus.num_bytes)
         name = f"{'tokenizer' if options.vocab_size else 'model'}.vocab_size"
-        bpe = train_bpe(texts, vocab_size, options.pattern, size=corpus.num_bytes, name=name)
+        bpe = train_bpe(_sample(corpus), vocab_size, options.pattern, size=size, name=name)
         unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
         try:
             save(bpe, unfinished)
@@ -95,6 +193,23 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return Tokenizer.load(folder)
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    """The training split; of a large one, or one of unknown size, as much from each of some shards."""
+    shards: Sequence[tuple[Member, int]] = corpus.shards
+    limit = None
+    if corpus.num_bytes is None or corpus.num_bytes > TOKENIZER_BYTES:
+        shards = [shards[i] for i in spread(len(shards), _TOKENIZER_SHARDS)]
+        limit = TOKENIZER_BYTES // max(1, len(shards))
+    for member, number in shards:
+        taken = 0
+        for document in member.documents(number):
+            if member.split_of(document.name) == "train":
+                yield document.text
+                taken += len(document.text.encode()) if limit else 0
+                if limit and taken >= limit:
+                    break
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -110,3 +225,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
         ],
         np.int32,
     )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from core.checkpoint import Checkpointer
+from core.checkpoint import Checkpointer, newest_params
 from core.config import load
 from core.errors import UserError
 from core.mesh import shardings
@@ -70,6 +70,11 @@ def _require_same_text(checkpointer: Checkpointer, step: int, text: Text) -> Non
             f"the tokenizer in {text.tokenizer.path} is not the one that checkpoint {step} in "
             f"{checkpointer.folder} was trained with: bring that back, from the run's own tokenizer/"
         )
+    if meta["selection_fingerprint"] != text.identity["selection_fingerprint"]:
+        raise UserError(
+            f"data.selection has changed since checkpoint {step} in {checkpointer.folder} was written: "
+            "restore it, or start another run (run.name) that begins from this one (init.from)"
+        )
 
 
 def _require_record(checkpointer: Checkpointer, step: int, run: RunFolder) -> None:
@@ -94,11 +99,7 @@ def load_params(run: RunFolder, model: Blueprint, mesh: Mesh) -> Params:
             f"init.from: the model in {run.path} has other parameters than `model` here: "
             f"take over the `model` section of {run.config}"
         )
-    with Checkpointer(run.checkpoints) as checkpointer:
-        step = checkpointer.newest_intact(optimizer=False)
-        if step is None:
-            raise UserError(f"init.from: {run.path} has no checkpoint yet")
-        return checkpointer.restore_params(step, _targets(model.shapes, shardings(mesh, model.axes)))
+    return newest_params(run, _targets(model.shapes, shardings(mesh, model.axes)))
 
 
 def _shapes(model: Blueprint) -> Params:

@@ -169,9 +169,9 @@ def affordable_steps(experiment: Experiment, flops: float) -> int:
 
 
 def corpus_size(experiment: Experiment) -> CorpusSize:
-    """Tokens of the training split: from the index of its shards where they stand, else from its bytes.
+    """Tokens of the training split: from the indices of its shards where they stand, else from its bytes.
 
-    Nothing is tokenized. Of the shards of this corpus in a vocabulary of this size the newest count.
+    Nothing is tokenized. Of a source's shards in a vocabulary of this size the newest count.
     """
     data, options = experiment.data, experiment.tokenizer
     try:
@@ -181,13 +181,16 @@ def corpus_size(experiment: Experiment) -> CorpusSize:
     cache = Path(data.cache) if data.cache else Path(experiment.run.dir) / ".cache"
     trained = options.path is None and experiment.init.source is None
     largest = options.vocab_size or experiment.model.vocab_size
-    paths = cache.glob("shards/*/index.json")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    counted: dict[str, int] = {}  # of each source's documents
+    for path in sorted(cache.glob("shards/*/index.json"), key=lambda path: path.stat().st_mtime):
         index = json.loads(path.read_text())
-        vocab_fits = index["vocab_size"] == largest or (not trained and index["vocab_size"] < largest)
-        if index["corpus"] == corpus.fingerprint and vocab_fits:
-            tokens = sum(shard["train"]["tokens"] for shard in index["shards"])
-            return CorpusSize(tokens, False, f"counted in {path.parent}")
+        if index["vocab_size"] == largest or (not trained and index["vocab_size"] < largest):
+            counted[index["documents"]] = sum(shard["train"]["tokens"] for shard in index["shards"])
+    if all(member.fingerprint in counted for member in corpus.members):
+        tokens = sum(counted[member.fingerprint] for member in corpus.members)
+        return CorpusSize(tokens, False, f"counted in {cache / 'shards'}")
+    if corpus.num_bytes is None:
+        return CorpusSize(None, False, "not known before all sources are tokenized")
     size = corpus.num_bytes * (1 if data.heldout else 1 - data.heldout_fraction)
     source = f"estimated: {_short(size)} bytes at {BYTES_PER_TOKEN} a token; exact once the run has shards"
     return CorpusSize(round(size / BYTES_PER_TOKEN), True, source)

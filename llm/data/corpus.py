@@ -1,157 +1,191 @@
-"""Documents: what is read, in which order, under which names, and which of them are held out.
+"""The documents of an experiment: their sources, and which of them are held out.
 
-A source is `embedded` (text that comes with every Python) or a glob of UTF-8 text or code files. A file is
-one document, named by its path relative to the fixed folder of its glob, so that moving a corpus moves no
-document from one split to the other. A file over 256 KiB is cut at line ends into documents `name#0`,
-`name#1`, ...: where a part begins depends only on the bytes around a multiple of `PART_BYTES`, so any part
-can be read without the ones before it, and appending to a file changes its last part alone.
-
-A document is held out by a hash of its own name. Parts of one file hash apart: otherwise a corpus of a few
-large files would hold out nothing or nearly everything. They share no text, but they may share an author or
-a subject; where that matters, `data.heldout` names files of their own.
+A document is held out by a hash of its own name, so that the split depends on nothing else. Names tell
+where in its source a document stands, never where the source lies: moving a corpus moves no document from
+one split to the other. Parts of one file hash apart: otherwise a corpus of a few large files would hold out
+nothing or nearly everything. They share no text, but they may share an author or a subject; where that
+matters, `data.heldout` names sources of their own.
 """
 
 from __future__ import annotations
 
-import bisect
-import glob
 import hashlib
-import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from core.errors import UserError
-from llm.data.embedded import embedded_bytes, embedded_names
+from llm.data.config import Source
+from llm.data.sources.document import Broken, Document, Documents
+from llm.data.sources.files import FileSource, check_kind
+from llm.data.sources.huggingface import open_huggingface
+from llm.data.sources.listing import SMALLEST_BYTES, list_files
+from llm.data.sources.tfds import open_tfds
 
 _log = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
-PART_BYTES = 128 << 10  # files of more than twice this are cut near its multiples
-LINE_BYTES = PART_BYTES // 4  # how far from there the end of a line is looked for, before one is split
-SMALLEST_BYTES = 16  # a smaller file is more boundary than text: dropped
+SHARD_BYTES = 64 << 20
+_HOPELESS = 1000  # records that are all broken: the format is mistaken, and the rest is not read
 
 
-class Document(NamedTuple):
-    """A piece of text that no attention crosses. `source` counts `Corpus.sources`."""
+@dataclass
+class Tally:
+    """How many documents were looked for in a stretch of a source, and how many of them were broken."""
 
-    name: str
-    text: str
-    split: Split
-    source: int
+    records: int = 0
+    broken: int = 0
+    first: Broken | None = None
+
+    def add(self, other: Tally) -> None:
+        self.records += other.records
+        self.broken += other.broken
+        self.first = self.first or other.first
+
+    def __str__(self) -> str:
+        assert self.first is not None
+        return (
+            f"{self.broken:,} of {self.records:,} records are broken, the first in {self.first.place}: "
+            f"{self.first.reason}"
+        )
 
 
-class File(NamedTuple):
-    """What is known of a file before it is read. `stamp` differs whenever its content may."""
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A source of a corpus, and the rule that splits its documents."""
 
-    name: str
-    path: str  # empty for the embedded corpus
-    size: int  # bytes of UTF-8
-    stamp: str
-    source: int
+    label: str
+    weight: float | None  # the share of training tokens; None: what it holds
+    source: Documents
     split: Split | None  # None: the names of its documents decide
+    threshold: int  # documents whose `name_hash` is below it are held out
+    broken_fraction: float
+    shard_bytes: int  # that its shards are meant to have
+
+    def documents(self, shard: int, tally: Tally | None = None) -> Iterator[Document]:
+        """Read a shard's documents, of both splits. Those that are broken or empty are left out.
+
+        Args:
+            tally: is added what was read.
+
+        Raises:
+            UserError: for what can't be read at all, or more than `broken_fraction` of broken ones.
+        """
+        tally = Tally() if tally is None else tally
+        for item in self.source.documents(shard):
+            tally.records += 1
+            if isinstance(item, Broken):
+                tally.broken += 1
+                tally.first = tally.first or item
+                if tally.records == tally.broken == _HOPELESS:
+                    break
+            elif item.text:
+                yield item
+        if tally.broken > self.broken_fraction * tally.records:
+            raise UserError(
+                f"{self.label}: {tally}. That is more than data.broken_fraction ({self.broken_fraction:g}) "
+                "of them: mend the source, or raise that"
+            )
+
+    def split_of(self, name: str) -> Split:
+        """Where the document of that name belongs."""
+        return self.split or ("heldout" if name_hash(name) < self.threshold else "train")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the documents and with their split, not with the weight."""
+        parts = (self.source.fingerprint, self.split, self.threshold)
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All files of the sources, in order, and the rule that splits their documents."""
+    """All sources, those of `data.heldout` last. Whatever a shard holds is in one of them."""
 
-    sources: tuple[str, ...]
-    files: tuple[File, ...]
-    threshold: int  # documents whose `name_hash` is below it are held out
+    members: tuple[Member, ...]
 
-    def documents(
-        self, split: Split | None = None, begin: int = 0, end: int | None = None
-    ) -> Iterator[Document]:
-        """Read documents one after the other, of one split or of both, always in the same order.
-
-        `begin` and `end` bound where a document starts, in bytes of all files laid end to end: disjoint
-        ranges give disjoint documents, and nothing outside a range is read.
-
-        Raises:
-            UserError: for a file that is gone, unreadable, changed since it was listed, or not UTF-8.
-        """
-        end = self.num_bytes if end is None else end
-        first = max(bisect.bisect_right(self._starts, begin) - 1, 0)
-        last = bisect.bisect_left(self._starts, end, hi=len(self.files))
-        for file, start in ((self.files[i], self._starts[i]) for i in range(first, last)):
-            for part, name in enumerate(_document_names(file)):
-                if begin <= start + part * PART_BYTES < end:
-                    its_split = file.split or ("heldout" if name_hash(name) < self.threshold else "train")
-                    if split in (None, its_split):
-                        yield Document(name, _read_part(file, part), its_split, file.source)
-
-    @property
-    def num_bytes(self) -> int:
-        """The sizes of all files, added up."""
-        return self._starts[-1]
+    def documents(self, split: Split | None = None) -> Iterator[Document]:
+        """Read all documents one after the other, of one split or of both, always in the same order."""
+        for member, shard in self.shards:
+            for document in member.documents(shard):
+                if split in (None, member.split_of(document.name)):
+                    yield document
 
     @cached_property
-    def _starts(self) -> list[int]:
-        return list(itertools.accumulate((file.size for file in self.files), initial=0))
+    def shards(self) -> tuple[tuple[Member, int], ...]:
+        """The shards of all members."""
+        return tuple((member, k) for member in self.members for k in range(member.source.num_shards))
+
+    @property
+    def num_bytes(self) -> int | None:
+        """About how much text it is; None where a source can't tell."""
+        sizes = [member.source.num_bytes for member in self.members]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the files and with the split.
-
-        Files count by path, size and time of modification, which is cheap to ask; the embedded corpus by
-        its content, so that it is the same on every machine with the same Python.
-        """
-        digest = hashlib.blake2b(f"{PART_BYTES} {LINE_BYTES} {self.threshold}".encode(), digest_size=8)
-        for file in self.files:
-            digest.update(_encode_name("\0".join((file.name, file.path, file.stamp, str(file.split), ""))))
-        return digest.hexdigest()
+        """16 hex digits that change with the documents and with their split."""
+        parts = [member.fingerprint for member in self.members]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 def open_corpus(
-    sources: Sequence[str], heldout: Sequence[str] | None = None, heldout_fraction: float = 0.05
+    sources: Sequence[Source | str],
+    heldout: Sequence[Source | str] | None = None,
+    heldout_fraction: float = 0.05,
+    broken_fraction: float = 0.001,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Corpus:
-    """List the files of `sources`, and of `heldout` where the held-out split has sources of its own.
+    """Open the `sources`, and those of `heldout` where the held-out split has sources of its own.
 
-    Without `heldout`, about `heldout_fraction` of the documents is held out: at least one, never all. With
-    it, a file that both name is held out. A file that two sources name is read once.
+    Without `heldout`, about `heldout_fraction` of the documents is held out: of text files, whose names
+    are known, at least one and never all. With it, what both name is held out. What two sources name is
+    read once, for the first.
 
     Raises:
-        UserError: for a source without files or with empty ones only, or fewer than two documents to split.
+        UserError: for a source that can't be opened or is empty, or fewer than two documents to split.
     """
     seen: set[object] = set()
-    held = _list_sources(heldout or (), "data.heldout", len(sources), "heldout", seen)
-    files = _list_sources(sources, "data.sources", 0, "train" if held else None, seen)
-    kept = tuple(file for file in (*files, *held) if file.size >= SMALLEST_BYTES)
-    if held and kept[0].split == "heldout":
+    held = _open_all(heldout or (), "data.heldout", seen, shard_bytes)
+    train = _open_all(sources, "data.sources", seen, shard_bytes)
+    if not train:
         raise UserError("data.heldout names every file of data.sources: none is left to train on")
-    names = (name for file in kept for name in _document_names(file))
-    threshold = 0 if held else _threshold(names, heldout_fraction)
-    listed = [file for file in (*files, *held) if file.path]  # empty modules of Python's are no news
-    dropped = sum(file.size < SMALLEST_BYTES for file in listed)
-    if dropped:
-        _log.info("%d of %d files have less than %d bytes: left out", dropped, len(listed), SMALLEST_BYTES)
-    return Corpus((*sources, *(heldout or ())), kept, threshold)
+    threshold = 0 if held else _threshold([opened for _, opened in train], heldout_fraction)
+    groups: tuple[tuple[Split | None, list], ...] = (("train" if held else None, train), ("heldout", held))
+    members = [
+        Member(source.label, source.weight, opened, split, threshold, broken_fraction, shard_bytes)
+        for split, group in groups
+        for source, opened in group
+    ]
+    return Corpus(tuple(members))
 
 
 def name_hash(name: str) -> int:
     """A number below 2**64, evenly spread over names, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(_encode_name(name), digest_size=8).digest(), "little")
+    encoded = name.encode("utf-8", "surrogateescape")  # the name of a file may be any bytes
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
-def _encode_name(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")  # the name of a file may be any bytes
+def _threshold(sources: Iterable[Documents], fraction: float) -> int:
+    """The hash below which names are held out: `fraction` of all hashes.
 
-
-def _threshold(names: Iterable[str], fraction: float) -> int:
-    """The hash below which names are held out: `fraction` of all hashes, moved so that no split is empty."""
+    Where all names are known, it is moved so that no split is empty.
+    """
     wanted = int(fraction * 2**64)
     lowest, highest, last = 2**64, -1, ""
-    for name in names:
-        value, last = name_hash(name), name
-        lowest, highest = min(lowest, value), max(highest, value)
-        if lowest < wanted <= highest:
+    for source in sources:
+        names = source.names()
+        if names is None:
             return wanted
+        for name in names:
+            value, last = name_hash(name), name
+            lowest, highest = min(lowest, value), max(highest, value)
+            if lowest < wanted <= highest:
+                return wanted
     if lowest >= highest:
         raise UserError(
             f"data.sources hold only one document ({last}), and some must be held out: "
@@ -160,100 +194,45 @@ def _threshold(names: Iterable[str], fraction: float) -> int:
     return min(max(wanted, lowest + 1), highest)
 
 
-def _list_sources(
-    sources: Sequence[str], key: str, first: int, split: Split | None, seen: set[object]
-) -> list[File]:
-    files = []
-    for number, source in enumerate(sources, first):
-        found = _list_embedded() if source == "embedded" else _list_glob(source, key)
-        if all(file.size < SMALLEST_BYTES for _, file in found):
-            raise UserError(f"{key}: {source!r} names nothing but empty files; name files that hold text")
-        for identity, file in found:
-            if identity not in seen:
-                seen.add(identity)
-                files.append(file._replace(source=number, split=split))
-    return files
+def _open_all(
+    entries: Sequence[Source | str], key: str, seen: set[object], shard_bytes: int
+) -> list[tuple[Source, Documents]]:
+    """Each entry that holds something `seen` does not, which it is added to."""
+    opened = []
+    for number, entry in enumerate(entries):
+        source = Source(path=entry) if isinstance(entry, str) else entry
+        documents = _open(source, f"{key}.{number}", seen, shard_bytes)
+        if documents is not None:
+            opened.append((source, documents))
+        elif source.weight is not None:
+            raise UserError(f"{key}.{number}: all of {source.label!r} is named before: it can have no weight")
+    return opened
 
 
-def _list_embedded() -> list[tuple[object, File]]:
-    contents = [(name, embedded_bytes(name)) for name in embedded_names()]
-    return [(name, File(name, "", len(text), _digest(text), 0, None)) for name, text in contents]
+def _open(source: Source, key: str, seen: set[object], shard_bytes: int) -> Documents | None:
+    documents: Documents
+    if source.path is not None:
+        documents = _open_files(source.path, source.field, key, seen, shard_bytes)
+        return documents if documents.files else None
+    if source.huggingface is not None:
+        documents = open_huggingface(source, key)
+    else:
+        documents = open_tfds(source, key, shard_bytes)
+    if documents.fingerprint in seen:
+        return None
+    seen.add(documents.fingerprint)
+    return documents
 
 
-def _list_glob(source: str, key: str) -> list[tuple[object, File]]:
-    """The files that a glob names, sorted by path, each after what identifies it on its device."""
-    pattern = os.path.expanduser(source)
-    if os.path.isdir(pattern):
-        raise UserError(
-            f"{key}: {source!r} is a folder; name its files, such as '{source.rstrip('/')}/**/*.txt'"
-        )
-    folder, is_file = os.path.dirname(pattern), os.path.isfile(pattern)
-    while glob.has_magic(folder) and not is_file:
-        folder = os.path.dirname(folder)
-    paths = [pattern] if is_file else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not paths:
-        raise UserError(f"{key}: no file matches {source!r} (from the folder {os.path.abspath(folder)})")
-    files: list[tuple[object, File]] = []
-    for path in paths:
-        status = os.stat(path)
-        name = os.path.relpath(path, folder or ".").replace(os.sep, "/")
-        file = File(name, os.path.abspath(path), status.st_size, _stamp(status), 0, None)
-        files.append(((status.st_dev, status.st_ino), file))
-    return files
-
-
-def _stamp(status: os.stat_result) -> str:
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _document_names(file: File) -> Iterator[str]:
-    parts = _num_parts(file)
-    return iter((file.name,)) if parts == 1 else (f"{file.name}#{part}" for part in range(parts))
-
-
-def _num_parts(file: File) -> int:
-    return max(1, (file.size - 1) // PART_BYTES)  # the last part is the longest: no tail of a few bytes
-
-
-def _read_part(file: File, part: int) -> str:
-    """The text between the cuts near `part * PART_BYTES` and the next multiple."""
-    last = part == _num_parts(file) - 1
-    start = part * PART_BYTES
-    data = _read(file, start, file.size if last else start + PART_BYTES + LINE_BYTES)
-    begin = _cut(data, 0) if part else 0
-    end = len(data) if last else _cut(data, PART_BYTES)
-    try:
-        return data[begin:end].decode().removeprefix("\ufeff" if part == 0 else "")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file.path} is not UTF-8 at byte {start + begin + error.start} "
-            f"(0x{data[begin + error.start]:02x}): convert it, for example with "
-            "'iconv -f latin1 -t utf-8', or leave it out of data.sources"
-        ) from None
-
-
-def _cut(data: bytes, at: int) -> int:
-    """The first line that starts after `at`; none within `LINE_BYTES`: the first character from `at` on."""
-    newline = data.find(b"\n", at, at + LINE_BYTES)
-    if newline >= 0:
-        return newline + 1
-    while at < len(data) and data[at] & 0xC0 == 0x80:
-        at += 1
-    return at
-
-
-def _read(file: File, start: int, stop: int) -> bytes:
-    if not file.path:
-        return embedded_bytes(file.name)[start:stop]
-    try:
-        with open(file.path, "rb") as opened:
-            if _stamp(os.fstat(opened.fileno())) != file.stamp:
-                raise UserError(f"{file.path} changed while it was in use: run the same command again")
-            opened.seek(start)
-            return opened.read(stop - start)
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{file.path} can't be read: {error.strerror}") from None
+def _open_files(path: str, field: str | None, key: str, seen: set[object], shard_bytes: int) -> FileSource:
+    listed = list_files(path, key)
+    kept = []
+    for file in listed:
+        if file.size >= SMALLEST_BYTES and file.identity not in seen:
+            check_kind(file, field, key)
+            seen.add(file.identity)
+            kept.append(file)
+    dropped = sum(file.size < SMALLEST_BYTES for file in listed if file.path)  # of Python's, no news
+    if dropped:
+        _log.info("%d of %d files have less than %d bytes: left out", dropped, len(listed), SMALLEST_BYTES)
+    return FileSource(tuple(kept), field, shard_bytes)

@@ -1,5 +1,7 @@
 """Token shards: documents as token ids on disk, with a table of what each document is.
 
+Each source of a corpus has a folder of its own:
+
     KEY/index.json                         what is here; written last, so that it marks completeness
     KEY/00000/train/tokens.npy    uint16   (uint32 where the vocabulary needs it) BOS, text, EOS, ...
                     starts.npy    int64    where each document starts in it; one more: the number of tokens
@@ -10,10 +12,10 @@
               heldout/...                  the same
     KEY/00001/...
 
-All arrays open with `numpy.load(path, mmap_mode="r")`. Shard k covers the documents that start in the k-th
-`shard_bytes` of the corpus: its content depends on corpus and tokenizer alone, and shards may be built in
-any order and at one time, on several machines. A shard's folder gets its name when all in it is on disk:
-what has a name is finished, and after a kill or on a full disk nothing of it is lost.
+All arrays open with `numpy.load(path, mmap_mode="r")`. Shard k covers the documents of the source's shard k:
+its content depends on source and tokenizer alone, and shards may be built in any order and at one time, on
+several machines. A shard's folder gets its name when all in it is on disk: what has a name is finished, and
+after a kill or on a full disk nothing of it is lost.
 """
 
 from __future__ import annotations
@@ -22,54 +24,84 @@ import hashlib
 import io
 import itertools
 import json
+import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.files import sync_folder, write_atomically
 from core.log import in_bytes, progress
-from llm.data.corpus import SPLITS, Corpus, Document
+from llm.data.corpus import SPLITS, Corpus, Member, Tally
+from llm.data.sources.document import Document
 from llm.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
 FORMAT = 1
-SHARD_BYTES = 64 << 20
 _BATCH_BYTES = 4 << 20  # of text at a time for the tokenizer, to spread over its threads
+_HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length
 
 Advance = Callable[[int, int], None]  # told the documents and the bytes of text just tokenized
 
 
-def build_shards(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Build the shards that are missing in `folder/KEY`, under a progress bar, and return that folder.
+def build_shards(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, task: int = 0, tasks: int = 1
+) -> tuple[Path, ...]:
+    """Build the shards that are missing, under a progress bar, and return each member's `folder/KEY`.
 
-    KEY is a fingerprint of corpus, split and tokenizer: when one of them changes, so does the folder.
+    KEY is a fingerprint of source, split and tokenizer: when one of them changes, so does the folder. Of
+    several tasks, each builds the shards whose number, over all members, is its own modulo `tasks`; the one
+    that finds a member's shards finished writes the index.
 
     Raises:
-        UserError: for a file that is gone, unreadable, changed since it was listed, or not UTF-8; for a
-            tokenizer without an end of text.
+        UserError: for what can't be read, too many broken records, or a tokenizer without an end of text.
     """
-    folder = folder / shards_key(corpus, tokenizer, shard_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [k for k in range(num_shards(corpus, shard_bytes)) if not shard_folder(folder, k).exists()]
-    if missing:
-        documents = done = 0
-        size = min(corpus.num_bytes, len(missing) * shard_bytes)
-        with progress("tokenizing", size, show=in_bytes) as update:
+    folders = tuple(folder / shards_key(member, tokenizer) for member in corpus.members)
+    places = dict(zip(corpus.members, folders, strict=True))
+    for place in folders:
+        place.mkdir(parents=True, exist_ok=True)
+    share = corpus.shards[task::tasks]
+    mine = [(member, k) for member, k in share if not shard_folder(places[member], k).exists()]
+    if mine:
+        _build(mine, places, tokenizer, corpus)
+    built = {member for member, _ in mine}
+    for member, place in places.items():
+        if (member in built or not (place / "index.json").exists()) and not unfinished(member, place):
+            _write_index(member, tokenizer, place)
+    return folders
 
-            def advance(more: int, size: int) -> None:
-                nonlocal documents, done
-                documents, done = documents + more, done + size
-                update(done, f"{documents:,} documents")
 
-            for number in missing:
-                build_shard(corpus, tokenizer, folder, number, shard_bytes, advance)
-    if missing or not (folder / "index.json").exists():
-        _write_index(corpus, tokenizer, folder, num_shards(corpus, shard_bytes))
-    return folder
+def _build(
+    mine: Sequence[tuple[Member, int]], places: dict[Member, Path], tokenizer: Tokenizer, corpus: Corpus
+) -> None:
+    documents = done = 0
+    tallies: dict[Member, Tally] = {}
+    size = corpus.num_bytes
+    size = None if size is None else size * len(mine) // len(corpus.shards)
+    with progress("tokenizing", size, show=in_bytes) as update:
+
+        def advance(more: int, size: int) -> None:
+            nonlocal documents, done
+            documents, done = documents + more, done + size
+            update(done, f"{documents:,} documents")
+
+        for member, number in mine:
+            if not shard_folder(places[member], number).exists():  # by another process, meanwhile
+                tally = build_shard(member, tokenizer, places[member], number, advance)
+                tallies.setdefault(member, Tally()).add(tally)
+    for member, tally in tallies.items():
+        if tally.broken:
+            _log.warning("%s: %s; they are left out", member.label, tally)
+
+
+def unfinished(member: Member, folder: Path) -> list[int]:
+    """The shards that are still to be built."""
+    return [k for k in range(member.source.num_shards) if not shard_folder(folder, k).exists()]
 
 
 def boundaries(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -89,15 +121,11 @@ def boundaries(tokenizer: Tokenizer) -> tuple[int, int]:
     return (eos if bos is None else bos), eos
 
 
-def shards_key(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> str:
-    """16 hex digits for these documents, split this way, as the ids of this tokenizer."""
-    parts = (FORMAT, shard_bytes, corpus.fingerprint, tokenizer.fingerprint, *boundaries(tokenizer))
+def shards_key(member: Member, tokenizer: Tokenizer) -> str:
+    """16 hex digits for these documents, split this way, in these shards, as the ids of this tokenizer."""
+    shards = (FORMAT, member.shard_bytes, member.source.num_shards)
+    parts = (*shards, member.fingerprint, tokenizer.fingerprint, *boundaries(tokenizer))
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-
-
-def num_shards(corpus: Corpus, shard_bytes: int = SHARD_BYTES) -> int:
-    """How many shards the corpus makes."""
-    return -(-corpus.num_bytes // shard_bytes)
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -106,78 +134,107 @@ def shard_folder(folder: Path, number: int) -> Path:
 
 
 def build_shard(
-    corpus: Corpus,
+    member: Member,
     tokenizer: Tokenizer,
     folder: Path,
     number: int,
-    shard_bytes: int = SHARD_BYTES,
     advance: Advance = lambda documents, size: None,
-) -> None:
-    """Tokenize shard `number` into its folder, which appears whole or not at all.
+) -> Tally:
+    """Tokenize shard `number` into its folder, which appears whole or not at all. Returns what was read.
 
     Raises:
-        UserError: for a file that is gone, unreadable, changed since it was listed, or not UTF-8.
+        UserError: for what can't be read, or too many broken records.
     """
     target = shard_folder(folder, number)
     temporary = folder / f".{target.name}-{uuid.uuid4().hex}"
+    tally = Tally()
     try:
-        tables = {split: _Table(tokenizer) for split in SPLITS}
-        documents = corpus.documents(begin=number * shard_bytes, end=(number + 1) * shard_bytes)
-        for batch in _batches(documents):
+        tables = {split: _Table(temporary / split, tokenizer) for split in SPLITS}
+        for batch in _batches(member.documents(number, tally)):
             ids = tokenizer.encode_batch([document.text for document in batch])
             sizes = [len(document.text.encode()) for document in batch]
-            for document, its_ids, size in zip(batch, ids, sizes, strict=True):
-                tables[document.split].add(document, its_ids, size)
+            for split, table in tables.items():
+                rows = zip(batch, ids, sizes, strict=True)
+                table.append([row for row in rows if member.split_of(row[0].name) == split])
             advance(len(batch), sum(sizes))
-        for split, table in tables.items():
-            table.write(temporary / split)
+        for table in tables.values():
+            table.finish()
         sync_folder(temporary)
         temporary.rename(target)
         sync_folder(folder)
     except OSError as error:
-        if target.exists():
-            return  # another process built the same shard at the same time, and was first
-        error.filename = error.filename or str(target)
-        raise
+        if not target.exists():  # else another process built the same shard at the same time, and was first
+            error.filename = error.filename or str(target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return tally
 
 
 class _Table:
-    """One split of one shard, in memory."""
+    """One split of one shard, which goes to the disk batch by batch."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.first, self.last = boundaries(tokenizer)
-        self.tokens: list[NDArray] = []
-        self.rows: list[tuple[int, int, int]] = []
-        self.names: list[str] = []
-
-    def add(self, document: Document, ids: Sequence[int], size: int) -> None:
-        all_ids = itertools.chain((self.first,), ids, (self.last,))
-        self.tokens.append(np.fromiter(all_ids, self.dtype, len(ids) + 2))
-        self.rows.append((len(ids) + 2, size, document.source))
-        self.names.append(json.dumps(document.name) + "\n")
-
-    def write(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         folder.mkdir(parents=True)
-        lengths, sizes, sources = np.array(self.rows, np.int64).reshape(-1, 3).T
+        self.folder = folder
+        self.first, self.last = boundaries(tokenizer)
+        small = tokenizer.vocab_size <= 2**16
+        self.dtypes = {
+            "tokens": np.dtype(np.uint16 if small else np.uint32),
+            "starts": np.dtype(np.int64),
+            "bytes": np.dtype(np.int32),
+            "weights": np.dtype(np.float32),
+            "sources": np.dtype(np.int32),
+        }
+        self.tokens = self.documents = 0
+        for name in self.dtypes:
+            _write(folder / f"{name}.npy", bytes(_HEADER_BYTES), "wb")
+        _write(folder / "starts.npy", bytes(8), "ab")
+        _write(folder / "names.jsonl", b"", "wb")
+
+    def append(self, rows: Sequence[tuple[Document, Sequence[int], int]]) -> None:
+        """Add documents, each with its ids and its size."""
+        if not rows:
+            return
+        tokens = itertools.chain.from_iterable((self.first, *ids, self.last) for _, ids, _ in rows)
+        lengths = np.array([len(ids) + 2 for _, ids, _ in rows])
         columns = {
-            "tokens": np.concatenate([np.empty(0, self.dtype), *self.tokens]),
-            "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "bytes": sizes.astype(np.int32),
-            "weights": np.ones(len(sizes), np.float32),
-            "sources": sources.astype(np.int32),
+            "tokens": np.fromiter(tokens, self.dtypes["tokens"], lengths.sum()),
+            "starts": self.tokens + np.cumsum(lengths),
+            "bytes": np.array([size for _, _, size in rows]),
+            "weights": np.ones(len(rows)),
+            "sources": np.zeros(len(rows)),
         }
         for name, column in columns.items():
-            write_atomically(folder / f"{name}.npy", _npy(column))
-        write_atomically(folder / "names.jsonl", "".join(self.names))
+            _write(self.folder / f"{name}.npy", column.astype(self.dtypes[name]).tobytes(), "ab")
+        names = "".join(json.dumps(document.name) + "\n" for document, _, _ in rows)
+        _write(self.folder / "names.jsonl", names.encode(), "ab")
+        self.tokens += int(lengths.sum())
+        self.documents += len(rows)
+
+    def finish(self) -> None:
+        """Write the lengths, which are known only now, and wait for the disk."""
+        lengths = {"tokens": self.tokens, "starts": self.documents + 1}
+        for name, dtype in self.dtypes.items():
+            header = _npy_header(dtype, lengths.get(name, self.documents))
+            _write(self.folder / f"{name}.npy", header, "r+b", sync=True)
+        _write(self.folder / "names.jsonl", b"", "ab", sync=True)
+        sync_folder(self.folder)
 
 
-def _npy(array: NDArray) -> bytes:
-    # numpy.save to a file reports a full disk as an error without a number; a plain write has one.
+def _write(path: Path, content: bytes, mode: str, sync: bool = False) -> None:
+    with open(path, mode) as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _npy_header(dtype: np.dtype, length: int) -> bytes:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
+    np.lib.format.write_array_header_1_0(buffer, header)
+    assert len(buffer.getvalue()) == _HEADER_BYTES
     return buffer.getvalue()
 
 
@@ -194,19 +251,19 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_index(corpus: Corpus, tokenizer: Tokenizer, folder: Path, shards: int) -> None:
+def _write_index(member: Member, tokenizer: Tokenizer, folder: Path) -> None:
     for leftover in folder.glob(".*-*"):  # of builds that were killed
         shutil.rmtree(leftover, ignore_errors=True)
     index = {
         "format": FORMAT,
-        "corpus": corpus.fingerprint,
+        "sources": [member.label],
+        "documents": member.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "sources": corpus.sources,
         "vocab_size": tokenizer.vocab_size,
         "boundaries": boundaries(tokenizer),
         "shards": [
             {split: _counts(shard_folder(folder, number) / split) for split in SPLITS}
-            for number in range(shards)
+            for number in range(member.source.num_shards)
         ],
     }
     write_atomically(folder / "index.json", json.dumps(index, indent=1) + "\n")

@@ -13,6 +13,7 @@ from llm.tokenizer import Tokenizer, save, train_bpe
 from llm.tokenizer.files import refuse_existing
 from llm.tokenizer.patterns import PATTERNS
 from llm.tokenizer.reading import decode_utf8, find_files, read_text
+from llm.tokenizer.visible import visible
 
 LONGEST = 24  # tokens that `inspect` shows
 _PLACE = "its folder, its tokenizer.json or a SentencePiece .model"
@@ -112,15 +113,6 @@ def _show_split(tokenizer: Tokenizer, text: str, console) -> None:
     size = len(text.encode())
     ratio = f", {size / len(ids):.2f} bytes per token" if ids else ""
     console.print(f"{size} bytes, {len(text)} characters, {len(ids)} tokens{ratio}")
-
-
-def visible(token: bytes) -> str:
-    """A token as one printable word: a space as a dot, what doesn't print or isn't UTF-8 escaped."""
-    try:
-        text = token.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in token)
-    return "".join("·" if char == " " else char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _text(argument: str | None) -> str:

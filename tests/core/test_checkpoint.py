@@ -275,3 +275,25 @@ def test_a_missing_step_is_an_error(folder):
 def test_another_model_is_an_error_that_names_the_parameter(folder, change, message):
     with pytest.raises(UserError, match=message):
         Checkpointer(folder).restore_params(2, targets(make_state()[0] | change))
+
+
+def test_a_checkpoint_that_is_held_outlives_its_turn(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
+        for step, hold in enumerate([None, None, None, 4, 4, 4, 5, 0, None], 1):
+            checkpointer.save(step, *make_state(), {}, hold=hold)
+            if step == 6:
+                checkpointer.wait()
+                assert checkpointer.steps() == [4, 5, 6]
+        checkpointer.wait()
+        assert checkpointer.steps() == [8, 9]
+
+
+def test_later_checkpoints_are_discarded_and_may_be_saved_anew(folder):
+    with Checkpointer(folder) as checkpointer:
+        assert checkpointer.newest_intact() == 2
+        checkpointer.discard_after(1)
+        assert checkpointer.steps() == [1]
+        params, opt_state = make_state(7)
+        checkpointer.save(2, params, opt_state, {})
+        checkpointer.wait()
+        assert_same_bits(checkpointer.restore_params(2, targets(params)), params)

@@ -76,11 +76,11 @@ def test_in_float16_an_overflow_is_no_divergence_until_no_scale_helps():
 @pytest.mark.parametrize(("better", "sign"), [("min", 1), ("max", -1)])
 def test_a_watched_metric_that_turns_the_wrong_way(better, sign):
     monitor = Monitor(DivergenceConfig(patience=2, watch={"score": better}))
-    values = [5.0, 4.0, 4.03, 4.2, 4.01, 4.2, 4.3]  # within the margin, once past it, twice in a row
+    values = [5.0, 4.0, 4.03, 4.3, 4.01, 4.3, 4.4]  # within the margin, once past it, twice in a row
     found = [monitor.observe_evaluation(10 * i, {"score": 9 + sign * v}) for i, v in enumerate(values)]
     assert found[:-1] == [None] * 6
-    assert (found[-1].step, found[-1].good) == (60, 10)
-    assert "2 evaluations worse than" in found[-1].reason
+    assert (found[-1].step, found[-1].good, monitor.good) == (60, 40, 40)
+    assert "2 evaluations worse than its best" in found[-1].reason
 
 
 def test_replaying_restores_the_monitor():

@@ -146,7 +146,7 @@ def test_the_table_says_what_to_paste(command):
 
 def test_a_corpus_that_is_not_there_has_a_dash_and_a_reason(command):
     text = " ".join(command("--set", "data.sources=['nowhere/[ab]*.txt']", "--device", "h100").split())
-    assert "corpus tokens - data.sources: no file matches 'nowhere/[ab]*.txt'" in text
+    assert "corpus tokens - data.sources.0: no file matches 'nowhere/[ab]*.txt'" in text
     assert "epochs -" in text
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from llm.data.corpus import LINE_BYTES, PART_BYTES, Corpus, name_hash, open_corpus
+from llm.data.corpus import Corpus, name_hash, open_corpus
+from llm.data.sources.text import LINE_BYTES, PART_BYTES
 
 SENTENCE = "The quick brown fox jumps over the lazy dog.\n"
 
@@ -86,13 +87,14 @@ def test_appending_to_a_file_changes_its_last_part_only(tmp_path):
     assert before[:-1] == after[: len(before) - 1]
 
 
-@given(cuts=st.lists(st.integers(0, 10**6), max_size=5))
+@given(shard_bytes=st.integers(5000, 10**6))
 @settings(max_examples=20, deadline=None)
-def test_ranges_partition_the_documents(many_files, cuts):
-    corpus = open_corpus([f"{many_files}/*.txt"])
-    bounds = [0, *sorted(min(cut, corpus.num_bytes) for cut in cuts), corpus.num_bytes]
-    pieces = [list(corpus.documents(None, a, b)) for a, b in itertools.pairwise(bounds)]
-    assert [d for piece in pieces for d in piece] == list(corpus.documents())
+def test_shards_partition_the_documents(many_files, shard_bytes):
+    source = f"{many_files}/*.txt"
+    corpus = open_corpus([source], shard_bytes=shard_bytes)
+    assert len(corpus.shards) == -(-corpus.num_bytes // shard_bytes)
+    pieces = [list(member.documents(shard)) for member, shard in corpus.shards]
+    assert list(itertools.chain(*pieces)) == list(open_corpus([source]).documents())
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def test_heldout_sources_of_their_own_are_never_trained_on(tmp_path):
     write(tmp_path, {"a.txt": SENTENCE, "b.txt": SENTENCE * 2, "valid.txt": SENTENCE * 3})
     corpus = open_corpus([f"{tmp_path}/*.txt"], [f"{tmp_path}/valid.txt"])
     assert names(corpus, "train") == ["a.txt", "b.txt"] and names(corpus, "heldout") == ["valid.txt"]
-    assert [d.source for d in corpus.documents()] == [0, 0, 1]
+    assert [member.split for member in corpus.members] == ["train", "heldout"]
     with pytest.raises(UserError, match=r"data\.heldout names every file of data\.sources"):
         open_corpus([f"{tmp_path}/a.txt"], [f"{tmp_path}/*.txt"])
 
@@ -196,8 +198,8 @@ def test_a_file_that_changes_while_in_use_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (["missing.txt"], r"data\.sources: no file matches 'missing\.txt' \(from the folder /"),
-        (["none/**/*.txt"], r"data\.sources: no file matches 'none/\*\*/\*\.txt'"),
+        (["missing.txt"], r"data\.sources\.0: no file matches 'missing\.txt' \(from the folder /"),
+        (["none/**/*.txt"], r"data\.sources\.0: no file matches 'none/\*\*/\*\.txt'"),
         (["folder"], r"'folder' is a folder; name its files, such as 'folder/\*\*/\*\.txt'"),
         (["empty.txt"], r"'empty\.txt' names nothing but empty files"),
         (["one.txt"], r"only one document \(one\.txt\).*data\.heldout"),
@@ -211,5 +213,5 @@ def test_sources_that_hold_no_text_are_named(tmp_path, monkeypatch, sources, mes
 
 def test_a_heldout_source_is_named_by_its_key(tmp_path):
     write(tmp_path, {"a.txt": SENTENCE})
-    with pytest.raises(UserError, match=r"data\.heldout: no file matches"):
+    with pytest.raises(UserError, match=r"data\.heldout\.0: no file matches"):
         open_corpus([f"{tmp_path}/a.txt"], [f"{tmp_path}/valid.txt"])

@@ -41,8 +41,10 @@ def tokenizer(tmp_path_factory, text) -> Tokenizer:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory, tokenizer):
     def build(text: Path, heldout_fraction: float = 0.2) -> Path:
-        corpus = open_corpus([f"{text}/*.txt"], heldout_fraction=heldout_fraction)
-        return build_shards(corpus, tokenizer, tmp_path_factory.mktemp("shards"), SHARD_BYTES)
+        source, folder = f"{text}/*.txt", tmp_path_factory.mktemp("shards")
+        corpus = open_corpus([source], heldout_fraction=heldout_fraction, shard_bytes=SHARD_BYTES)
+        (shards,) = build_shards(corpus, tokenizer, folder)
+        return shards
 
     return build
 

@@ -16,7 +16,7 @@ import pytest
 from core.errors import UserError
 from llm.data.corpus import open_corpus
 from llm.data.loader import open_dataset
-from llm.data.shards import build_shard, build_shards, num_shards, shards_key
+from llm.data.shards import build_shard, build_shards, shards_key
 from llm.tokenizer import Tokenizer, save, train_bpe
 
 SHARD_BYTES = 30_000
@@ -42,7 +42,13 @@ def tokenizer(tmp_path_factory, text):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, text, tokenizer):
-    return build_shards(open_corpus([text]), tokenizer, tmp_path_factory.mktemp("shards"), SHARD_BYTES)
+    return build(text, tokenizer, tmp_path_factory.mktemp("shards"))
+
+
+def build(text: str, tokenizer: Tokenizer, folder: Path, **tasks: int) -> Path:
+    """The shards of one source, in small."""
+    (shards,) = build_shards(open_corpus([text], shard_bytes=SHARD_BYTES), tokenizer, folder, **tasks)
+    return shards
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -81,7 +87,7 @@ def test_documents_come_back(text, tokenizer, built):
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
     wide = Tokenizer.load(tokenizer.path)
     wide.vocab_size = 2**16 + 1
-    folder = build_shards(open_corpus([text]), wide, tmp_path, SHARD_BYTES)
+    folder = build(text, wide, tmp_path)
     assert np.load(folder / "00000/train/tokens.npy").dtype == np.uint32
     assert open_dataset([folder], "train", 8).num_tokens > 0
 
@@ -89,21 +95,21 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, text, tokenizer):
 def test_a_tokenizer_of_others_may_lack_a_beginning_but_not_an_end(tmp_path, text, tokenizer):
     bare = Tokenizer.load(tokenizer.path)
     bare.bos_id = None
-    folder = build_shards(open_corpus([text]), bare, tmp_path)
+    folder = build(text, bare, tmp_path)
     tokens, starts = (np.load(folder / f"00000/train/{name}.npy") for name in ("tokens", "starts"))
     assert np.all(tokens[starts[:-1]] == bare.eos_id) and np.all(tokens[starts[1:] - 1] == bare.eos_id)
     bare.eos_id = None
     with pytest.raises(UserError, match=r"names no token that ends a text: set 'eos_token'"):
-        build_shards(open_corpus([text]), bare, tmp_path)
+        build(text, bare, tmp_path)
 
 
 def test_shards_are_the_same_in_any_order_and_with_any_number_of_threads(tmp_path, text, tokenizer, built):
-    corpus = open_corpus([text])
-    folder = tmp_path / shards_key(corpus, tokenizer, SHARD_BYTES)
+    (member,) = open_corpus([text], shard_bytes=SHARD_BYTES).members
+    folder = tmp_path / shards_key(member, tokenizer)
     folder.mkdir()
-    for number in reversed(range(num_shards(corpus, SHARD_BYTES))):
-        build_shard(corpus, tokenizer, folder, number, SHARD_BYTES)
-    assert build_shards(corpus, tokenizer, tmp_path, SHARD_BYTES) == folder
+    for number in reversed(range(member.source.num_shards)):
+        build_shard(member, tokenizer, folder, number)
+    assert build(text, tokenizer, tmp_path) == folder
     assert contents(folder) == contents(built)
     for threads in ("1", "2"):
         builder(text, tokenizer, tmp_path / threads, RAYON_NUM_THREADS=threads).wait()
@@ -119,15 +125,16 @@ from llm.tokenizer import Tokenizer
 
 text, tokenizer, folder, shard_bytes, writes = sys.argv[1:]
 left = iter(range(int(writes)))
-write = shards.write_atomically
+write = shards._write
 
-def write_or_die(path, content):
+def write_or_die(*arguments, **options):
     if next(left, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
+    write(*arguments, **options)
 
-shards.write_atomically = write_or_die
-shards.build_shards(open_corpus([text]), Tokenizer.load(Path(tokenizer)), Path(folder), int(shard_bytes))
+shards._write = write_or_die
+corpus = open_corpus([text], shard_bytes=int(shard_bytes))
+shards.build_shards(corpus, Tokenizer.load(Path(tokenizer)), Path(folder))
 """
 
 
@@ -143,21 +150,22 @@ def builder(
     )
 
 
-# A shard is twelve files: killed before the first, within the first shard, around its end, much later.
-@pytest.mark.parametrize("writes", [0, 5, 11, 12, 13, 100])
+# A shard is some forty writes: killed before the first, within the first shard, in the next, much later.
+@pytest.mark.parametrize("writes", [0, 5, 20, 50, 200])
 def test_a_killed_build_goes_on_where_it_was(tmp_path, text, tokenizer, built, writes):
     assert builder(text, tokenizer, tmp_path, writes).wait() == -signal.SIGKILL
     folder = tmp_path / built.name
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("[0-9]*/*/*")}
-    assert len(finished) == writes // 12 * 12 and not (folder / "index.json").exists()
-    build_shards(open_corpus([text]), tokenizer, tmp_path, SHARD_BYTES)
+    assert (writes >= 50) == bool(finished) and not (folder / "index.json").exists()
+    assert all(path.read_bytes() == (built / path.relative_to(folder)).read_bytes() for path in finished)
+    build(text, tokenizer, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert contents(folder) == contents(built)
 
 
 def test_nothing_is_done_twice(text, tokenizer, built):
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    assert build_shards(open_corpus([text]), tokenizer, built.parent, SHARD_BYTES) == built
+    assert build(text, tokenizer, built.parent) == built
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
 
 
@@ -170,35 +178,40 @@ def test_two_at_a_time_do_not_disturb_each_other(tmp_path, text, tokenizer, buil
 def test_a_full_disk_loses_nothing(tmp_path, text, tokenizer, built, monkeypatch):
     from llm.data import shards
 
-    written = shards.write_atomically
+    written = shards._write
 
-    def full(path: Path, content: str | bytes) -> None:
-        if "00003" in str(path):
+    def full(path: Path, content: bytes, mode: str, sync: bool = False) -> None:
+        if "00003" in str(path) and mode == "ab":
             with open("/dev/full", "wb") as file:
-                file.write(b"x" if isinstance(content, str) else content)
-        written(path, content)
+                file.write(content)
+        written(path, content, mode, sync)
 
-    monkeypatch.setattr(shards, "write_atomically", full)
+    monkeypatch.setattr(shards, "_write", full)
     with pytest.raises(OSError, match="No space left") as error:
-        build_shards(open_corpus([text]), tokenizer, tmp_path, SHARD_BYTES)
+        build(text, tokenizer, tmp_path)
     folder = tmp_path / built.name
     assert error.value.filename == str(folder / "00003")
     assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "00002"]
-    monkeypatch.setattr(shards, "write_atomically", written)
-    build_shards(open_corpus([text]), tokenizer, tmp_path, SHARD_BYTES)
+    monkeypatch.setattr(shards, "_write", written)
+    build(text, tokenizer, tmp_path)
     assert contents(folder) == contents(built)
+
+
+def key(source: str, tokenizer: Tokenizer, **options: float) -> str:
+    (member,) = open_corpus([source], **options).members
+    return shards_key(member, tokenizer)
 
 
 def test_another_corpus_split_or_tokenizer_is_another_key(tmp_path, text, tokenizer):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(f"This is the document {name}.\n")
     source = f"{tmp_path}/*.txt"
-    keys = {shards_key(open_corpus([source]), tokenizer), shards_key(open_corpus([text]), tokenizer)}
-    keys.add(shards_key(open_corpus([source], heldout_fraction=0.9), tokenizer))
+    keys = {key(source, tokenizer), key(text, tokenizer)}
+    keys.add(key(source, tokenizer, heldout_fraction=0.9))
     (tmp_path / "b.txt").write_text("This was the document b.\n")
-    keys.add(shards_key(open_corpus([source]), tokenizer))
+    keys.add(key(source, tokenizer))
     save(train_bpe(["other words, other merges"], 270), tmp_path / "other")
-    keys.add(shards_key(open_corpus([source]), Tokenizer.load(tmp_path / "other")))
+    keys.add(key(source, Tokenizer.load(tmp_path / "other")))
     assert len(keys) == 5
 
 
@@ -215,7 +228,7 @@ def test_a_damaged_shard_is_named_and_made_anew(tmp_path, text, tokenizer, built
     with pytest.raises(UserError, match=rf"{path} is damaged.*remove the folder {folder / '00004'} and run"):
         open_dataset([folder], "train", 8)
     shutil.rmtree(folder / "00004")
-    build_shards(open_corpus([text]), tokenizer, tmp_path, SHARD_BYTES)
+    build(text, tokenizer, tmp_path)
     assert contents(folder) == contents(built)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from core.errors import UserError
 from llm.tokenizer import Tokenizer
-from llm.tokenizer.__main__ import main, visible
+from llm.tokenizer.__main__ import main
 from llm.tokenizer.reading import read_text
+from llm.tokenizer.visible import visible
 
 TEXT = "the théâtre, the other theater\n" * 20
 
