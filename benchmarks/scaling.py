@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,10 +219,11 @@ def growth(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     for name, v in results.items():
         # Paired by round, so that a change of the machine's load cancels.
         ratios = [mine / first for mine, first in zip(v["seconds"], base["seconds"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, method="inclusive")
         found[name] = {
             "time": statistics.median(ratios),
-            "time_least": min(ratios),
-            "time_most": max(ratios),
+            "time_low": low,
+            "time_high": high,
             "time_by_arithmetic": v["flops_needed"] / base["flops_needed"],
             "memory": total(v) / total(base),
             "memory_by_arithmetic": v["arithmetic"] / base["arithmetic"],
@@ -234,7 +234,7 @@ def growth(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
     """Markdown."""
     columns = (
-        sweep, "seconds", "time / first (range)", "FLOPs / first", "time / FLOPs", "FLOPs run / needed",
+        sweep, "seconds", "time / first (middle half)", "FLOPs / first", "time / FLOPs", "FLOPs run / needed",
         "arguments, MiB", "temporaries, MiB", "both / arithmetic",
     )  # fmt: skip
     print(f"\n| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
@@ -243,10 +243,12 @@ def print_table(sweep: str, results: dict[str, dict[str, Any]]) -> None:
         r, total = ratios[name], v["arguments"] + v["temporaries"]
         print(
             f"| {name} | {statistics.median(v['seconds']):.3f} "
-            f"| {r['time']:.2f} ({r['time_least']:.2f} to {r['time_most']:.2f}) "
+            f"| {r['time']:.2f} ({r['time_low']:.2f} to {r['time_high']:.2f}) "
             f"| {r['time_by_arithmetic']:.2f} | {r['time'] / r['time_by_arithmetic']:.2f} "
             f"| {v['flops_of_products'] / v['flops_needed']:.2f} "
-            f"| {v['arguments'] / MIB:,.0f} | {v['temporaries'] / MIB:,.0f} | {total / v['arithmetic']:.2f} |"
+            f"| {v['arguments'] / MIB:,.0f} | {v['temporaries'] / MIB:,.0f} "
+            f"| {total / v['arithmetic']:.2f} |",
+            flush=True,
         )
 
 
@@ -264,16 +266,19 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.worker:
         return serve(functools.partial(start, args.worker))
+    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2, for the quartiles")
+    if args.plot and not set(AXES) & {*kept, *args.sweep}:
+        parser.error(f"--plot: it shows {', '.join(AXES)}; sweep one of them")
     from rich.console import Console
 
-    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     with Console(stderr=True).status("starting") as status:
         for name in args.sweep:
             kept[name] = measure(SWEEPS[name](BASES[args.shape]), args.rounds, status.update)
             print_table(name, kept[name])
-            sys.stdout.flush()
-    if args.json:
-        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(kept, indent=1) + "\n")
     if args.plot:
         from core.plots import plot_growth
 

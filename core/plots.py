@@ -149,7 +149,7 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
 
     Args:
         panels: by axis, by value on it: `time` and `memory` over those of the axis's first value, the times'
-            range as `time_least` and `time_most`, and both ratios with `_by_arithmetic` added to the name.
+            quartiles as `time_low` and `time_high`, and both ratios with `_by_arithmetic` added to the name.
     """
     rows = -(-len(panels) // 2)
     figure = new_figure(8, 3.4 * rows)
@@ -162,7 +162,7 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
         for quantity, color in (("time", BLUE), ("memory", RED)):
             axes.plot(at, columns[f"{quantity}_by_arithmetic"], color=color, linewidth=1.2, linestyle="--")
             axes.plot(at, columns[quantity], color=color, marker="o", linestyle="", label=quantity)
-        axes.vlines(at, columns["time_least"], columns["time_most"], color=BLUE, linewidth=1.2)
+        axes.vlines(at, columns["time_low"], columns["time_high"], color=BLUE, linewidth=1.2)
         _style(axes, "times the first (dashed: by arithmetic)", name)
         axes.set_xticks(at, list(points))
         axes.yaxis.set_major_formatter("{x:g}")
