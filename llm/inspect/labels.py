@@ -14,7 +14,7 @@ FONT = "DejaVu Sans Mono"  # comes with matplotlib, so a picture is the same eve
 
 
 def token_labels(tokenizer: Tokenizer, ids: Iterable[int], longest: int = 12) -> list[str]:
-    """Each token as one printable word, cut to `longest` characters; those that the font lacks are escaped."""
+    """Each token as one printable word, cut to `longest` characters; what the font lacks is escaped."""
     return [_label(tokenizer, int(i), longest) for i in ids]
 
 

@@ -155,7 +155,9 @@ def plot_lens(
                 if right[layer, position]:
                     panel.add_patch(_frame(column, row))
         panel.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
-        panel.set_xticks(range(width), tokens[here], fontfamily=FONT, fontsize=7, rotation=30, parse_math=False)
+        panel.set_xticks(
+            range(width), tokens[here], fontfamily=FONT, fontsize=7, rotation=30, parse_math=False
+        )
         for label in panel.get_xticklabels():
             label.set(ha="right", rotation_mode="anchor")
         panel.set_ylabel("layer", fontsize=9, color=INK)
