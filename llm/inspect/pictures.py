@@ -48,7 +48,7 @@ def plot_attention(
         lowest = panels[(len(maps) - 1 - column) // columns, column]
         _name_tokens(lowest, "x", tokens, LABELS_PER_PANEL)
         lowest.tick_params(labelbottom=True)
-    figure.supxlabel("token attended to (key)", fontsize=9, color=INK)
+    figure.supxlabel("token attended to (key); · is a space", fontsize=9, color=INK)
     figure.supylabel("token that attends (query)", fontsize=9, color=INK)
     _color_bar(figure, image, panels, "attention weight")
     return figure
@@ -107,7 +107,7 @@ def plot_next_tokens(
     axes.set_yticks(rows, tokens, fontfamily=FONT, fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * float(probabilities.max()))
-    axes.set_xlabel("probability of the next token", fontsize=9, color=INK)
+    axes.set_xlabel("probability of the next token (· is a space)", fontsize=9, color=INK)
     end = " ".join(["…", *read[-NAMED_BEFORE:]] if len(read) > NAMED_BEFORE else read)
     axes.set_title(f"after  {end}", fontfamily=FONT, fontsize=9, color=INK, loc="left", parse_math=False)
     axes.tick_params(axis="x", labelsize=8)
@@ -162,7 +162,11 @@ def plot_lens(
             label.set(ha="right", rotation_mode="anchor")
         panel.set_ylabel("layer", fontsize=9, color=INK)
         _bare(panel)
-    figure.supxlabel("token read; framed: the token predicted is the one that follows", fontsize=9, color=INK)
+    figure.supxlabel(
+        "token read (· is a space); framed: the token predicted is the one that follows",
+        fontsize=9,
+        color=INK,
+    )
     _color_bar(figure, image, list(panels), "probability of\nthe likeliest next token")
     return figure
 
@@ -188,7 +192,7 @@ def plot_surprisal(tokens: Sequence[str], surprisal: Float[np.ndarray, " S-1"]) 
     )
     axes.set_xlim(-0.6, len(named) - 0.4)
     axes.set_ylabel("surprisal (nats)", fontsize=9, color=INK)
-    axes.set_xlabel("token", fontsize=9, color=INK)
+    axes.set_xlabel("token (· is a space)", fontsize=9, color=INK)
     _name_tokens(axes, "x", named, BARS_LABELED, fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     _bare(axes)
