@@ -84,7 +84,7 @@ def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
     axes.set_xlim(left=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    axes.tick_params(which="both", colors=INK, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(INK)
@@ -143,4 +143,5 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:.1g}")
         _style(axes, label, "step")
+    axes.get_legend().remove()  # the upper panel's serves both
     save(figure, path)

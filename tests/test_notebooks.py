@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pytest
 from tiny import copy_corpus, experiment
@@ -43,7 +44,6 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_on_another_run(path, trained):
-    nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
     code_cells(notebook)[0].source = f"RUN = {str(trained)!r}"
     # Raises where a cell does.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Int
 from matplotlib.font_manager import findfont, get_font
 
 from llm.tokenizer.tokenizer import Tokenizer
@@ -13,7 +15,9 @@ from llm.tokenizer.visible import visible
 FONT = "DejaVu Sans Mono"  # comes with matplotlib, so a picture is the same everywhere
 
 
-def token_labels(tokenizer: Tokenizer, ids: Iterable[int], longest: int = 12) -> list[str]:
+def token_labels(
+    tokenizer: Tokenizer, ids: Sequence[int] | Int[np.ndarray, " S"], longest: int = 12
+) -> list[str]:
     """Each token as one printable word, cut to `longest` characters; what the font lacks is escaped."""
     return [_label(tokenizer, int(i), longest) for i in ids]
 
