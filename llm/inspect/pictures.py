@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from llm.inspect.lens import HeadFigures
 
 # From near white to near black through the blue of all plots.
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6f9", "#a9cbe4", BLUE, "#0c2c47"])
-SHADES.set_bad("white")
+SHADES = SHADES.with_extremes(bad="white")
 
 LABELS_PER_PANEL = 26  # tokens named along a map; of more, every second, third, ...
 LENS_COLUMNS = 16  # positions side by side in the logit lens, the others below
@@ -76,7 +77,7 @@ def plot_heads(figures: HeadFigures) -> Figure:
         _number(panel, "x", heads)
         if layers <= 16 and heads <= 8:
             for (layer, head), value in np.ndenumerate(values):
-                color = _readable_on(value / top)
+                color = _readable_on(float(value) / top)
                 panel.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
         images.append(image)
     _number(panels[0], "y", layers)
@@ -149,7 +150,7 @@ def plot_lens(
         for row, layer in enumerate(layers):
             for column in range(width):
                 position = here.start + column
-                color = _readable_on(probabilities[layer, position])
+                color = _readable_on(float(probabilities[layer, position]))
                 style = {"fontfamily": FONT, "fontsize": 6.5, "color": color, "parse_math": False}
                 panel.text(column, row, predicted[layer][position], ha="center", va="center", **style)
                 if right[layer, position]:
@@ -208,7 +209,7 @@ def _bare(axes: Axes) -> None:
 def _name_tokens(axes: Axes, side: str, tokens: Sequence[str], room: int, fontsize: float = 6.5) -> None:
     """Label an axis with tokens, or with every second, third, ... where there is no room for all."""
     shown = range(0, len(tokens), math.ceil(len(tokens) / room))
-    style = {"fontfamily": FONT, "fontsize": fontsize, "parse_math": False}
+    style: dict[str, Any] = {"fontfamily": FONT, "fontsize": fontsize, "parse_math": False}
     if side == "x":
         axes.set_xticks(shown, [tokens[i] for i in shown], rotation=90, **style)
     else:
