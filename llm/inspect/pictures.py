@@ -18,8 +18,8 @@ from llm.inspect.labels import FONT
 from llm.inspect.lens import HeadFigures
 
 # From near white to near black through the blue of all plots.
-SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6f9", "#a9cbe4", BLUE, "#0c2c47"])
-SHADES = SHADES.with_extremes(bad="white")
+_STOPS = ["#f3f6f9", "#a9cbe4", BLUE, "#0c2c47"]
+SHADES = LinearSegmentedColormap.from_list("shades", _STOPS).with_extremes(bad="white")
 
 LABELS_PER_PANEL = 26  # tokens named along a map; of more, every second, third, ...
 LENS_COLUMNS = 16  # positions side by side in the logit lens, the others below
@@ -172,7 +172,7 @@ def plot_lens(
     return figure
 
 
-def plot_surprisal(tokens: Sequence[str], surprisal: Float[np.ndarray, " S-1"]) -> Figure:
+def plot_surprisal(tokens: Sequence[str], surprisal: Float[np.ndarray, " N"]) -> Figure:
     """What each token but the first cost the model, and the mean."""
     named = tokens[1:]
     figure = new_figure(min(12.0, max(5.0, 1.2 + 0.27 * len(named))), 3.2)
