@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 BLUE, RED, INK, GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
 _COURSES = ("#9a9a9a", RED, BLUE)
@@ -84,7 +84,7 @@ def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
     axes.set_xlim(left=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=INK, length=0)
+    axes.tick_params(colors=INK, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(INK)
@@ -139,9 +139,9 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
                 given_up = rewind.restored + 1 + np.arange(len(lost))
                 axes.plot(given_up, lost, color=INK, linewidth=0.8)
         if name == "grad_norm":
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:.1g}")
         _style(axes, label, "step")
     axes.get_legend().remove()  # the upper panel's serves both
     save(figure, path)

@@ -206,7 +206,9 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _name_tokens(axes: Axes, side: str, tokens: Sequence[str], room: int, fontsize: float = 6.5) -> None:
+def _name_tokens(
+    axes: Axes, side: str, tokens: Sequence[str], room: int, fontsize: int | float = 6.5
+) -> None:
     """Label an axis with tokens, or with every second, third, ... where there is no room for all."""
     shown = range(0, len(tokens), math.ceil(len(tokens) / room))
     style: dict[str, Any] = {"fontfamily": FONT, "fontsize": fontsize, "parse_math": False}
