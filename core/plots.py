@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path: Path) -> None:
-    """Plot mean loss (nats a token) over pieces of a window, a line a name, as a PNG at `path`.
+    """Plot mean loss (nats a token) over pieces of a window, as a PNG at `path`: a line a name, with its mean.
 
     Args:
         starts: [pieces] the first position of each piece, all of one length.
@@ -64,7 +65,8 @@ def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path:
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for (name, loss), color in zip(losses.items(), itertools.cycle(_COLORS), strict=False):
-        _draw(axes, starts + starts[1] / 2, loss, name, color=color, linewidth=1.6)
+        label = textwrap.fill(f"{name}: {loss.mean():.3f}", 60)
+        axes.plot(starts + starts[1] / 2, loss, label=label, color=color, linewidth=1.6)
     _style(axes, "held-out loss (nats a token)", "position (tokens of context before)")
     save(figure, path)
 

@@ -26,8 +26,8 @@ from core.config import load
 from core.errors import UserError, run_command
 from core.plots import plot_by_position
 from core.run import RunFolder
-from llm.config import Experiment, TokenizerConfig
-from llm.data.loader import Batch, TokenDataset, spread
+from llm.config import Experiment, InitConfig, TokenizerConfig
+from llm.data.loader import Batch, TokenDataset, across_documents, spread
 from llm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
     from core.module import Blueprint, Params
 
-PIECES = 64  # of a window, each of which has its own mean
+PIECES = 32  # of a window, each of which has its own mean
 MOST_TOKENS = 4 << 20  # to measure on, spread evenly over the split
 _log = logging.getLogger("llm.eval.positions")  # also where this is the main module
 
 
 class Subject(NamedTuple):
-    """A run to measure, with some keys of its configuration changed."""
+    """A run to measure, with some keys of its configuration changed: those in the label, or for all runs."""
 
     label: str
     run: RunFolder
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.length < 2 or args.length.bit_count() != 1:
         raise UserError(f"--length {args.length}: choose a power of two, such as 1024")
-    subjects = [_subject(folder, overrides) for folder, overrides in args.runs]
+    subjects = _subjects(args.runs)
     _check_comparable(subjects)
     plot = args.plot or subjects[-1].run.plots / "positions.png"
     log.setup("llm")
@@ -115,10 +115,14 @@ class _Set(argparse.Action):
         namespace.runs[-1][1].append(value)
 
 
-def _subject(folder: Path, overrides: list[str]) -> Subject:
-    run, name = RunFolder.open(folder), folder.resolve().name
-    experiment = load(Experiment, run.config, overrides)
-    return Subject(f"{name} ({', '.join(overrides)})" if overrides else name, run, experiment)
+def _subjects(runs: list[tuple[Path, list[str]]]) -> list[Subject]:
+    in_all = set.intersection(*(set(overrides) for _, overrides in runs))
+    subjects = []
+    for folder, overrides in runs:
+        run, own = RunFolder.open(folder), [each for each in overrides if each not in in_all]
+        label = folder.resolve().name + (f" ({', '.join(own)})" if own else "")
+        subjects.append(Subject(label, run, load(Experiment, run.config, overrides)))
+    return subjects
 
 
 def _check_comparable(subjects: list[Subject]) -> None:
@@ -140,13 +144,14 @@ def _check_comparable(subjects: list[Subject]) -> None:
 
 
 def _as_evaluated(subject: Subject) -> Experiment:
-    """The run's configuration, with its own copy of the tokenizer and shards beside where it lies now."""
+    """The run's configuration, of which all that held-out text needs lies in the run's folder or beside it."""
     experiment = subject.experiment
     cache = experiment.data.cache or str(subject.run.path.absolute().parent / ".cache")
     return dataclasses.replace(
         experiment,
         tokenizer=TokenizerConfig(path=str(subject.run.tokenizer)),
-        data=dataclasses.replace(experiment.data, cache=cache),
+        init=InitConfig(),
+        data=dataclasses.replace(experiment.data, cache=cache, selection=None),
     )
 
 
@@ -243,7 +248,15 @@ def _measure(
     experiment, options = subject.experiment, subject.experiment.train
     mesh = make_mesh(experiment.mesh)
     check_divides(mesh, {"--length": ("act_seq", length)})
-    backend = choose_backend(options.attention, jax.default_backend())
+    backend = choose_backend(
+        options.attention,
+        jax.default_backend(),
+        experiment.model,
+        dtype=options.dtype,
+        length=length,
+        isolated=experiment.data.isolate,
+        divided=experiment.mesh.context != 1,
+    )
     model = blueprint(experiment.model, Compute(options.dtype, backend, "none", options.scan_layers))
     targets = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -255,15 +268,17 @@ def _measure(
     with jax.set_mesh(mesh):
         batch_size = max(1, microbatch // length // num_shards("act_batch")) * num_shards("act_batch")
         batches = window_batches(dataset, length, windows, batch_size, local_rows(mesh, (batch_size, length)))
+        if not experiment.data.isolate:
+            batches = map(across_documents, batches)
         return make_losses(model, min(length, PIECES), options.loss_chunk, mesh)(params, batches)
 
 
 def _print(labels: list[str], losses: list[NDArray[np.float64]], length: int, windows: int) -> None:
     title = f"held-out loss in nats a token, {windows:,} windows of {length:,} tokens"
     table = Table(title=title, title_justify="left")
-    table.add_column("position")
+    table.add_column("position", no_wrap=True)
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", overflow="fold")
     pieces = len(losses[0])
     edges = [0, *(2**i for i in range(pieces.bit_length()))]  # each bucket as long as all before it
     for first, last in zip(edges, edges[1:], strict=False):
