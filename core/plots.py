@@ -56,7 +56,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path: Path) -> None:
-    """Plot mean loss (nats a token) over pieces of a window, as a PNG at `path`: a line a name, with its mean.
+    """Plot mean loss (nats a token) over pieces of a window, a line a name with its mean, as a PNG at `path`.
 
     Args:
         starts: [pieces] the first position of each piece, all of one length.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -133,8 +134,8 @@ def _check_comparable(subjects: list[Subject]) -> None:
     for other in subjects[1:]:
         if Tokenizer.load(other.run.tokenizer).fingerprint != tokenizer:
             raise UserError(
-                f"{other.run.path} has another tokenizer than {first.run.path}: a token of one is not a token "
-                "of the other; measure them one at a time"
+                f"{other.run.path} has another tokenizer than {first.run.path}: a token of one is not a "
+                "token of the other; measure them one at a time"
             )
         if held_out(other.experiment.data) != held_out(first.experiment.data):
             _log.warning(
@@ -144,7 +145,7 @@ def _check_comparable(subjects: list[Subject]) -> None:
 
 
 def _as_evaluated(subject: Subject) -> Experiment:
-    """The run's configuration, of which all that held-out text needs lies in the run's folder or beside it."""
+    """The run's configuration, whose held-out text needs nothing but its folder and what lies beside it."""
     experiment = subject.experiment
     cache = experiment.data.cache or str(subject.run.path.absolute().parent / ".cache")
     return dataclasses.replace(
@@ -183,7 +184,7 @@ def find_windows(dataset: TokenDataset, length: int) -> NDArray[np.int64]:
 def window_batches(
     dataset: TokenDataset, length: int, windows: NDArray[np.int64], batch_size: int, rows: slice = slice(None)
 ) -> Iterator[Batch]:
-    """These windows in order, of each batch this process's `rows`; the last batch is filled up with padding."""
+    """These windows in order, of each batch this process's `rows`; padding fills the last one up."""
     for first in range(0, len(windows), batch_size):
         tokens = np.zeros((batch_size, length + 1), np.int32)
         for row, (number, begin) in enumerate(windows[first : first + batch_size].tolist()):
@@ -198,7 +199,7 @@ def window_batches(
 def make_losses(
     blueprint: Blueprint, pieces: int, chunk: int, mesh: Mesh
 ) -> Callable[[Params, Iterator[Batch]], NDArray[np.float64]]:
-    """`losses(params, batches) -> [pieces]`: mean loss in nats a token of each piece of a window, in order."""
+    """`losses(params, batches) -> [pieces]`: mean loss of each piece of a window, in nats a token."""
     import jax
     import jax.numpy as jnp
 
@@ -281,7 +282,7 @@ def _print(labels: list[str], losses: list[NDArray[np.float64]], length: int, wi
         table.add_column(label, justify="right", overflow="fold")
     pieces = len(losses[0])
     edges = [0, *(2**i for i in range(pieces.bit_length()))]  # each bucket as long as all before it
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         start, stop = first * length // pieces, last * length // pieces
         means = [f"{loss[first:last].mean():.3f}" for loss in losses]
         table.add_row(f"{start:,} to {stop - 1:,}", *means, end_section=last == pieces)
