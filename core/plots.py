@@ -42,7 +42,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
     save(figure, path)
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float | int, height: float | int) -> Figure:
     """An empty figure, in inches, that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
