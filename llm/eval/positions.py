@@ -190,10 +190,10 @@ def window_batches(
         for row, (number, begin) in enumerate(windows[first : first + batch_size].tolist()):
             tokens[row] = dataset.open_shard(number).tokens[begin : begin + length + 1]
         real = np.arange(batch_size) < len(windows) - first
-        segments = np.broadcast_to(real[:, None].astype(np.int32), (batch_size, length))
-        positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch_size, length))
-        batch = Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, segments.astype(np.float32))
-        yield Batch(*(array[rows] for array in batch))
+        tokens, real = tokens[rows], real[rows, None].astype(np.int32)
+        segments = np.broadcast_to(real, tokens[:, 1:].shape)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape)
+        yield Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, segments.astype(np.float32))
 
 
 def make_losses(
