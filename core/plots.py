@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 BLUE, RED, INK, GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
+_COLORS = (BLUE, RED, "#3b9c6b", "#8a5fb0", "#d98c2b", "#7a7a7a")  # of runs beside each other
 _COURSES = ("#9a9a9a", RED, BLUE)
 
 
@@ -50,6 +53,22 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path: Path) -> None:
+    """Plot mean loss (nats a token) over pieces of a window, a line a name with its mean, as a PNG at `path`.
+
+    Args:
+        starts: [pieces] the first position of each piece, all of one length.
+        losses: [pieces] for each name.
+    """
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for (name, loss), color in zip(losses.items(), itertools.cycle(_COLORS), strict=False):
+        label = textwrap.fill(f"{name}: {loss.mean():.3f}", 60)
+        axes.plot(starts + starts[1] / 2, loss, label=label, color=color, linewidth=1.6)
+    _style(axes, "held-out loss (nats a token)", "position (tokens of context before)")
+    save(figure, path)
 
 
 def _columns(

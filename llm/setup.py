@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
+    _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
     model, optimizer = _model(experiment)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
@@ -87,6 +89,18 @@ def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
             "data.sequence_length": ("act_seq", data.sequence_length),
         },
     )
+
+
+def _check_initial(source: str | None) -> None:
+    if source is None:
+        return
+    try:
+        RunFolder.open(Path(source))
+    except UserError as error:
+        raise UserError(
+            f"init.from: {error}; train that run first with its own config, start where it lies, or name its "
+            "folder with --set init.from=..."
+        ) from None
 
 
 def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:
