@@ -11,18 +11,17 @@ one that compiles.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.worker import Worker, serve, timed
 from core.devices import keep_freed_memory
 
 # The 14M-parameter Llama of benchmarks/train_step.py, embeddings tied.
@@ -41,25 +40,25 @@ def main() -> None:
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker)
-    workers = {name: start_worker(name) for name in VARIANTS}
+        return serve(functools.partial(start, args.worker))
+    workers = {name: Worker("benchmarks.decode", "--worker", name) for name in VARIANTS}
     results = {batch: measure(workers, batch, args) for batch in args.batch}
     report(results, args)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(workers: dict[str, subprocess.Popen], batch: int, args) -> dict[str, list[float]]:
+def measure(workers: dict[str, Worker], batch: int, args) -> dict[str, list[float]]:
     """Seconds of each call, by variant, a call of each in every round."""
     prompts = np.random.default_rng(batch).integers(0, VOCAB, (batch, args.prompt_tokens)).tolist()
     request = {"prompts": prompts, "new_tokens": args.new_tokens}
-    first = {name: ask(worker, request) for name, worker in workers.items()}
+    first = {name: worker.ask(**request) for name, worker in workers.items()}
     if first["ours"]["tokens"] != first["transformers"]["tokens"]:
         sys.exit(f"batch {batch}: the two drew different tokens, so their times say nothing")
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(args.rounds):
         for name, worker in workers.items():
-            seconds[name].append(ask(worker, request)["seconds"])
+            seconds[name].append(worker.ask(**request)["seconds"])
     return seconds
 
 
@@ -78,34 +77,15 @@ def report(results: dict[int, dict[str, list[float]]], args) -> None:
         print(f"| {batch} | {rates} | {ratio:.1f}, {min(theirs) / min(ours):.1f} |")
 
 
-# ---- workers: a line of JSON in, a line of JSON out
-
-
-def start_worker(name: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "benchmarks.decode", "--worker", name]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(worker: subprocess.Popen, request: dict[str, Any]) -> dict[str, Any]:
-    assert worker.stdin is not None and worker.stdout is not None
-    print(json.dumps(request), file=worker.stdin, flush=True)
-    answer = worker.stdout.readline()
-    if not answer:
-        sys.exit("a worker ended early; its own message stands above")
-    return json.loads(answer)
-
-
-def work(name: str) -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a framework prints goes to stderr
+def start(name: str):
     keep_freed_memory()  # for both, as commands of ours do
     generate = {"ours": load_ours, "transformers": load_transformers}[name](weights())
-    for line in sys.stdin:
-        request = json.loads(line)
-        started = time.perf_counter()
-        tokens = generate(request["prompts"], request["new_tokens"])
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers)
+
+    def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        seconds, tokens = timed(lambda: generate(prompts, new_tokens))
+        return {"seconds": seconds, "tokens": tokens}
+
+    return {}, answer
 
 
 def weights() -> dict[str, np.ndarray]:

@@ -11,7 +11,8 @@ thread pools nor another load on the machine favor one: what counts is the ratio
 set. So a flag's effect is measured like everything else (docs/gpu.md).
 
 Beside the steps stands the time of their matrix products alone, each shape at its fastest in either
-framework: no step can be faster, and the share says how near it comes.
+framework: no step can be faster, and the share says how near it comes. MFU is the share of the devices' peak
+(`core/devices.py`), by the operations that the model needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.train_step_worker import VARIANTS, Shape
+from benchmarks.worker import Worker
+from core.devices import peak_flops
 
 SHAPES = {
     "14m": Shape(16, 256, vocab=8192, layers=6, embed=384, heads=6, kv_heads=6, head=64, mlp=1024),
@@ -39,35 +41,11 @@ SHAPES = {
 }
 
 
-class Worker:
-    """A variant in its own process; idle unless it is asked. Flags of XLA's may follow the variant's name."""
-
-    def __init__(self, spec: dict[str, Any], name: str):
-        variant, *flags = name.split()
-        spec = spec | {"variant": variant}
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share the device's memory
-        env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *flags]).strip()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step_worker", json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
-        assert process.stdin and process.stdout
-        self.process, self.stdin, self.stdout = process, process.stdin, process.stdout
-        self._answer()
-
-    def ask(self, **command: Any) -> Any:
-        print(json.dumps(command), file=self.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        line = self.stdout.readline()
-        if not line:
-            raise SystemExit(f"a worker ended with exit code {self.process.wait()}; its message stands above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.stdin.close()
-        self.process.wait()
+def start_worker(spec: dict[str, Any], name: str) -> Worker:
+    """A variant; flags of XLA's may follow its name."""
+    variant, *flags = name.split()
+    env = {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
+    return Worker("benchmarks.train_step_worker", json.dumps(spec | {"variant": variant}), env=env)
 
 
 def measure(
@@ -85,7 +63,7 @@ def measure(
             others = [variant for variant in args.variants if variant != "ours"]
             for name in ["ours", *(f"ours --{flag}" for flag in args.xla_flags), *others]:
                 report(f"{dtype}: starting {name}")
-                workers[name] = Worker(spec, name)
+                workers[name] = start_worker(spec, name)
             alone = [products_alone(shape, workers, report)] if args.roofline else []
             for name in [n for n in workers if alone and VARIANTS[n.split()[0]] in too_slow(alone[0])]:
                 workers.pop(name).close()
@@ -101,7 +79,10 @@ def measure(
             for worker in workers.values():
                 worker.close()
     roofline = least(shape, alone) if alone else None
-    return summarize(shape, losses, rounds, roofline) | {"dtype": dtype}
+    facts = workers["ours"].facts
+    peak = peak_flops(facts["device_kind"], dtype)
+    peak = peak and peak * facts["devices"]
+    return summarize(shape, losses, rounds, roofline, peak) | {"dtype": dtype}
 
 
 Size = tuple[int, int, int, int]
@@ -134,7 +115,7 @@ def least(shape: Shape, alone: list[dict[str, dict[Size, float]]]) -> dict[str, 
     return {f: total({f}) for f in sorted(frameworks)} | {"best": total(frameworks)}
 
 
-def summarize(shape: Shape, losses, rounds, roofline) -> dict[str, Any]:
+def summarize(shape: Shape, losses, rounds, roofline, peak: float | None) -> dict[str, Any]:
     for name, values in losses.items():
         if not np.allclose(values, losses["ours"], rtol=3e-3):
             raise SystemExit(f"{name} computes something else: losses {values}, ours {losses['ours']}")
@@ -151,6 +132,7 @@ def summarize(shape: Shape, losses, rounds, roofline) -> dict[str, Any]:
             "fastest_seconds": min(seconds),
             "tokens_per_second": shape.batch * shape.sequence / median,
             "gflops": shape.flops / median / 1e9,
+            "mfu": peak and shape.flops / median / peak,
             "roofline_share": roofline and roofline["best"] / median,
             "cpu_seconds": statistics.median(part["cpu_seconds"] for part in parts),
             "page_faults": statistics.median(part["page_faults"] for part in parts),
@@ -165,16 +147,16 @@ def print_table(console, shape: Shape, results: list[dict[str, Any]]) -> None:
 
     size = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(shape).items())
     table = Table(title=f"one training step, {shape.parameters / 1e6:.1f}M parameters ({size})")
-    for column in ("dtype", "step", "median s", "fastest s", "CPU s", "tokens/s", "of the roofline"):
+    for column in ("dtype", "step", "median s", "fastest s", "CPU s", "tokens/s", "MFU", "of the roofline"):
         table.add_column(column, justify="left" if column in ("dtype", "step") else "right", overflow="fold")
     table.add_column("ours / this, by round", justify="right")
     for result in results:
         for name, v in result["variants"].items():
             low, high = v["ours_is_faster_by_range"]
-            share = "" if v["roofline_share"] is None else f"{v['roofline_share']:.0%}"
+            mfu, share = ("" if v[k] is None else f"{v[k]:.1%}" for k in ("mfu", "roofline_share"))
             table.add_row(
                 result["dtype"], name, f"{v['median_seconds']:.3f}", f"{v['fastest_seconds']:.3f}",
-                f"{v['cpu_seconds']:.2f}", f"{v['tokens_per_second']:,.0f}", share,
+                f"{v['cpu_seconds']:.2f}", f"{v['tokens_per_second']:,.0f}", mfu, share,
                 "" if name == "ours" else f"{v['ours_is_faster_by']:.2f}x ({low:.2f}-{high:.2f})",
             )  # fmt: skip
         if result["roofline_seconds"]:

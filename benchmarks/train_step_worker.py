@@ -1,14 +1,13 @@
 """The training step of each framework, in a process of its own: for `train_step.py`, which starts it.
 
-Commands come as lines of JSON on stdin, answers go to stdout. Both frameworks start from the same weights,
-see the same batch, and keep freed memory the same way.
+Both frameworks start from the same weights, see the same batch, and keep freed memory the same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import resource
 import sys
 import time
@@ -18,8 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.training import OPTIMIZER, Training, random_tokens
+from benchmarks.worker import serve
+from core import devices
+from core.options import MeshConfig
+from llm.config import TrainConfig
+from llm.model.config import ModelConfig
+
 VARIANTS = {"ours": "jax", "eager": "torch", "compiled": "torch"}
-LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +67,15 @@ class Shape:
         return sum(2 * batch * m * k * n * count for batch, m, k, n, count in self.products())
 
 
-def run_worker(spec: dict[str, Any]) -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a framework prints goes to stderr
-    start = jax_worker if VARIANTS[spec["variant"]] == "jax" else torch_worker
-    step, time_product = start(spec, Shape(**spec["shape"]))
-    print(json.dumps({"ready": True}), file=answers)
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer = (
-            time_product(*command["product"]) if "product" in command else time_steps(step, command["steps"])
-        )
-        print(json.dumps(answer), file=answers)
+def start(spec: dict[str, Any]):
+    """Facts about the devices, and what answers `steps` or `product`."""
+    framework = jax_worker if VARIANTS[spec["variant"]] == "jax" else torch_worker
+    facts, step, time_product = framework(spec, Shape(**spec["shape"]))
+
+    def answer(steps: int = 0, product: tuple[int, int, int, int] | None = None):
+        return time_steps(step, steps) if product is None else time_product(*product)
+
+    return facts, answer
 
 
 def time_steps(step: Callable[[], float], count: int) -> dict[str, Any]:
@@ -93,27 +95,12 @@ def time_steps(step: Callable[[], float], count: int) -> dict[str, Any]:
     }
 
 
-def make_tokens(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    stream = np.random.default_rng(0).integers(0, shape.vocab, (shape.batch, shape.sequence + 1))
-    return stream[:, :-1].astype(np.int32), stream[:, 1:].astype(np.int32)
-
-
 def jax_worker(spec: dict[str, Any], shape: Shape):
-    from core import devices
-
     devices.prepare()
     import jax
     import jax.numpy as jnp
 
     from core.mesh import make_mesh
-    from core.optim import make_optimizer
-    from core.options import MeshConfig, OptimizerConfig
-    from llm.config import TrainConfig
-    from llm.data.loader import Batch
-    from llm.model.attention import choose_backend
-    from llm.model.config import ModelConfig
-    from llm.model.transformer import Compute, blueprint
-    from llm.step import init_state, jit_train_step, put_batch
 
     config = ModelConfig(
         vocab_size=shape.vocab, num_layers=shape.layers, embed_dim=shape.embed, num_heads=shape.heads,
@@ -121,36 +108,12 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
         tied_head=True,
     )  # fmt: skip
     train = TrainConfig(steps=1000, dtype=spec["dtype"], **spec["train"])
-    backend = choose_backend(
-        train.attention, jax.default_backend(), config, dtype=train.dtype, length=shape.sequence,
-        isolated=True, divided=False,
-    )  # fmt: skip
-    model = blueprint(config, Compute(train.dtype, backend, train.remat, train.scan_layers))
-    assert model.count == shape.parameters
-    optimizer = make_optimizer(
-        OptimizerConfig(
-            learning_rate=LEARNING_RATE, schedule="constant", beta1=BETAS[0], beta2=BETAS[1],
-            epsilon=EPSILON, weight_decay=DECAY, clip_norm=CLIP,
-        ),
-        train.steps, model.decay, model.axes,
-    )  # fmt: skip
     mesh = make_mesh(MeshConfig(**spec["mesh"]))
-    jax.set_mesh(mesh)
-    state = init_state(model, train, optimizer, mesh, seed=0)
+    training = Training(config, train, shape.batch, shape.sequence, mesh)
+    assert training.model.count == shape.parameters
     if not Path(spec["weights"]).exists():
-        flat = jax.tree_util.tree_flatten_with_path(jax.device_get(state.params))[0]
+        flat = jax.tree_util.tree_flatten_with_path(jax.device_get(training.state.params))[0]
         np.savez(spec["weights"], **{jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in flat})
-    tokens, targets = make_tokens(shape)
-    positions = np.broadcast_to(np.arange(shape.sequence, dtype=np.int32), tokens.shape)
-    ones = np.ones(tokens.shape, np.int32)
-    batch = put_batch(Batch(tokens, targets, ones, positions, ones.astype(np.float32)), mesh)
-    train_step = jit_train_step(model, train, optimizer, mesh)
-
-    def step() -> float:
-        nonlocal state
-        state, metrics = train_step(state, batch)
-        jax.block_until_ready(state)
-        return float(metrics["loss"])
 
     def time_product(count: int, m: int, k: int, n: int) -> float:
         key, dtype = jax.random.key(0), jnp.dtype(spec["dtype"])
@@ -159,24 +122,23 @@ def jax_worker(spec: dict[str, Any], shape: Shape):
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype))
         return fastest(lambda: multiply(a, b).block_until_ready())
 
-    return step, time_product
+    facts = {"device_kind": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return facts, training.step, time_product
 
 
 def torch_worker(spec: dict[str, Any], shape: Shape):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from core.devices import keep_freed_memory
-
     if spec["device"] == "cpu":
-        keep_freed_memory()  # as ours does: it is no merit of the framework
+        devices.keep_freed_memory()  # as ours does: it is no merit of the framework
     torch.backends.cuda.matmul.allow_tf32 = True  # as XLA does by default
     device, dtype = spec["device"], getattr(torch, spec["dtype"])
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.embed, intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, head_dim=shape.head,
         num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.sequence, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, use_cache=False,
+        tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device).train()
     names = set(dict(model.named_parameters()))
@@ -185,11 +147,15 @@ def torch_worker(spec: dict[str, Any], shape: Shape):
     model.load_state_dict({n: torch.tensor(w) for n, w in weights.items()}, strict=False)
     parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
-    tokens, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in make_tokens(shape))
+    betas = OPTIMIZER.beta1, OPTIMIZER.beta2
+    optimizer = torch.optim.AdamW(
+        groups, lr=OPTIMIZER.learning_rate, betas=betas, eps=OPTIMIZER.epsilon, fused=True
+    )
+    batch = random_tokens(shape.vocab, shape.batch, shape.sequence)
+    tokens, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in batch)
     forward = torch.compile(model) if spec["variant"] == "compiled" else model
 
     def step() -> float:
@@ -197,7 +163,7 @@ def torch_worker(spec: dict[str, Any], shape: Shape):
         with torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32):
             loss = forward(input_ids=tokens, labels=targets, shift_labels=targets).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()  # waits for the device
@@ -213,7 +179,7 @@ def torch_worker(spec: dict[str, Any], shape: Shape):
 
         return fastest(multiply)
 
-    return step, time_product
+    return {}, step, time_product
 
 
 def fastest(call: Callable[[], Any], budget: float = 0.15, most: int = 50) -> float:
@@ -252,4 +218,4 @@ def hugging_face_names(weights, layers: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    run_worker(json.loads(sys.argv[1]))
+    serve(functools.partial(start, json.loads(sys.argv[1])))

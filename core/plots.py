@@ -100,7 +100,8 @@ def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
     axes.set_xlabel(against, color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(left=0)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)
@@ -163,4 +164,29 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
             axes.yaxis.set_major_formatter("{x:g}")
         _style(axes, label, "step")
     axes.get_legend().remove()  # the upper panel's serves both
+    save(figure, path)
+
+
+def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Plot how time and memory grow along axes, measured (points) and by arithmetic (dashed), both log.
+
+    Args:
+        panels: by axis, by value on it: `time` and `memory` over those of the axis's first value, the times'
+            range as `time_least` and `time_most`, and both ratios with `_by_arithmetic` added to the name.
+    """
+    rows = -(-len(panels) // 2)
+    figure = new_figure(8, 3.4 * rows)
+    places = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
+    for axes, (name, points) in zip(places, panels.items(), strict=False):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        at = [float(value) for value in points]
+        columns = {key: [point[key] for point in points.values()] for key in next(iter(points.values()))}
+        for quantity, color in (("time", BLUE), ("memory", RED)):
+            axes.plot(at, columns[f"{quantity}_by_arithmetic"], color=color, linewidth=1.2, linestyle="--")
+            axes.plot(at, columns[quantity], color=color, marker="o", linestyle="", label=quantity)
+        axes.vlines(at, columns["time_least"], columns["time_most"], color=BLUE, linewidth=1.2)
+        _style(axes, "times the first (dashed: by arithmetic)", name)
+        axes.set_xticks(at, list(points))
+        axes.yaxis.set_major_formatter("{x:g}")
     save(figure, path)

@@ -91,7 +91,9 @@ def _forward(z_loss, chunk, hidden, kernel, targets, weights):
     start = jnp.zeros((shards, *kernel.shape[::-1]), jnp.float32)
     start = shard(start, "act_batch", "act_embed", "act_vocab")
     d_kernel, (d_hidden, *values) = jax.lax.scan(body, start, _chunks(chunk, hidden, targets, weights))
-    d_kernel = shard(d_kernel.sum(0), "embed", "vocab").astype(kernel.dtype)
+    # Behind a barrier: out of a loop of one chunk XLA would fold the transposition that follows into the
+    # product and swap its operands, and for bfloat16 the CPU has no such product.
+    d_kernel = jax.lax.optimization_barrier(shard(d_kernel.sum(0), "embed", "vocab").astype(kernel.dtype))
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
     sums = _sums(*_chunks(chunk, weights), *values)
     return (sums.nll + z_loss * sums.z_loss, sums), (d_hidden, d_kernel)

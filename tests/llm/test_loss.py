@@ -123,6 +123,17 @@ def test_bfloat16():
         assert_allclose(mine.astype(jnp.float32), theirs, rtol=0, atol=0.01 * np.abs(theirs).max())
 
 
+def test_one_chunk_of_bfloat16_has_its_products_on_the_cpu():
+    """Tied, and as large as real ones: XLA computes small products by another path."""
+    hidden, kernel = jnp.ones((4, 256, 128), jnp.bfloat16), jnp.ones((2048, 128), jnp.float32)
+    targets, weights = jnp.zeros((4, 256), jnp.int32), jnp.ones((4, 256), jnp.float32)
+
+    def tied(kernel):
+        return cross_entropy(hidden + kernel[targets].astype(jnp.bfloat16), kernel, targets, weights)[0]
+
+    assert np.isfinite(jax.jit(jax.grad(tied))(kernel)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_three_products_and_never_all_logits(dtype):
     gradient = with_gradients(cross_entropy, z_loss=0.1, chunk=10)
