@@ -45,14 +45,14 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
     _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
-    model, optimizer = _model(experiment)
+    model, optimizer = _model(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
     _check_prompts(experiment, text.tokenizer)
     return Setup(experiment, run, mesh, model, optimizer, text)
 
 
-def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
+def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
     options = experiment.train
     backend = choose_backend(
         options.attention,
@@ -61,7 +61,7 @@ def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
         dtype=options.dtype,
         length=experiment.data.sequence_length,
         isolated=experiment.data.isolate,
-        divided=experiment.mesh.context != 1,
+        divided=mesh.shape["context"] > 1,
     )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]
