@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     panels = [{name: courses[name] for name in ("clean", *pair)} for pair in pairs]
     plot_courses(panels, options.plot)
     for name, (metrics, rewinds) in courses.items():
-        last = metrics[-1]
+        last = next(line for line in reversed(metrics) if "heldout_loss" in line)
         print(
             f"{name:28} {len(rewinds)} rewinds; step {last['step']}: held-out loss {last['heldout_loss']:.3f}"
         )
@@ -87,6 +87,8 @@ def _train(options: argparse.Namespace, name: str, settings: tuple[str, ...]) ->
     try:
         train(experiment)
     except UserError as error:  # which is what a run that can't be healed ends with
+        if "stopped" not in name:
+            raise
         print(f"error: {error}")
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Checkpointer:
         self.close()
 
     def save(
-        self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any], hold: int | None = None
+        self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any], hold: Sequence[int] = ()
     ) -> None:
         """Save in the background; returns once the arrays are copied, so they may be donated then.
 
@@ -67,7 +67,8 @@ class Checkpointer:
             step: its number; saving the step that was last saved or restored does nothing.
             params, opt_state: pytrees of arrays.
             meta: whatever JSON can hold; `format` and `step` are added.
-            hold: the newest checkpoint of this step or before is kept however many came after it.
+            hold: steps; for the first that has a checkpoint at or before it, the newest such one is kept
+                however many came after it.
 
         Raises:
             UserError: when this save or the one before it could not be written, such as on a full disk.
@@ -112,6 +113,10 @@ class Checkpointer:
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+
+    def intact_steps(self) -> list[int]:
+        """Those of `steps()` whose checksums are right."""
+        return [step for step in self.steps() if self._find_damage(step, ("meta", "params", "opt")) is None]
 
     def latest_step(self) -> int | None:
         """The newest of `steps()`, unverified; None where there is none."""
@@ -181,15 +186,15 @@ class Checkpointer:
     def _unfinished(self, step: int) -> Path:
         return self.folder / f"{step}.saving"
 
-    def _finish(self, step: int, hold: int | None) -> None:
+    def _finish(self, step: int, hold: Sequence[int]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             manifest.write(self._unfinished(step))
             os.rename(self._unfinished(step), self.folder / str(step))
             sync_folder(self.folder)
-            held = max((old for old in self.steps() if hold is not None and old <= hold), default=None)
+            held = [max(early) for at in hold if (early := [old for old in self.steps() if old <= at])]
             for old in self.steps()[: -self._keep]:
-                if old != held:
+                if old not in held[:1]:
                     self._delete(old)
 
     def _delete(self, step: int) -> None:

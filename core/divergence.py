@@ -24,8 +24,9 @@ WINDOW = 64
 FEWEST = 16  # values that a spike is judged by; before that, only what isn't finite counts
 MARGIN = 0.01  # of a watched metric's best value
 
-# The least standard deviation assumed, in the units of `_scaled`: a run that hardly moves has no noise.
-_FLOORS = {"loss": 0.01, "grad_norm": 0.05}
+# The least standard deviation assumed, in the units of `_scaled`: a run that hardly moves has no noise, and
+# with large batches the norm grows by factors during warm-up without any.
+_FLOORS = {"loss": 0.01, "grad_norm": 0.2}
 
 
 class Alarm(NamedTuple):
@@ -53,12 +54,12 @@ class Monitor:
         scale = values.get("loss_scale")
         if scale is not None and scale < 1:
             reason = f"the loss scale fell to {scale:g}: gradients overflow float16 whatever the scale"
-            return Alarm(step, step - 1, "loss_scale", scale, reason)
+            return Alarm(step, self._good.get("grad_norm", 0), "loss_scale", scale, reason)
         for name in _FLOORS:
             if not math.isfinite(values[name]):
                 if scale is not None:
                     return None  # that step's update was skipped
-                return Alarm(step, step - 1, name, values[name], f"{name} is {values[name]}")
+                return Alarm(step, self._before(step), name, values[name], f"{name} is {values[name]}")
         for name in _FLOORS:
             if alarm := self._spike(step, name, values[name]):
                 return alarm
@@ -98,7 +99,11 @@ class Monitor:
             f"{name} is {value:.4g}, for {count} step{'s' * (count > 1)} above {most:.4g} "
             f"(its median is {usual:.4g})"
         )
-        return Alarm(step, step - count, name, value, reason)
+        return Alarm(step, self._before(step), name, value, reason)
+
+    def _before(self, step: int) -> int:
+        """The last step before `step` at which nothing had begun to look bad."""
+        return min([step - 1, *(self._good.get(name, 0) for name, bad in self._bad.items() if bad)])
 
     def _limit(self, name: str) -> float | None:
         recent = self._recent[name]
@@ -112,8 +117,9 @@ class Monitor:
         return middle + self._options.threshold * max(deviation, floor)
 
     def _turn(self, step: int, name: str, value: float, better: str) -> Alarm | None:
-        good, best = self._good.get(name, 0), self._best.get(name, value)
+        best = self._best.get(name, value)
         if not math.isfinite(value):
+            good = min(self._before(step), self._good.get(name, step))
             return Alarm(step, good, name, value, f"{name} is {value}")
         self._best[name] = min(best, value) if better == "min" else max(best, value)
         if abs(value - self._best[name]) <= MARGIN * abs(best):
@@ -124,7 +130,7 @@ class Monitor:
             return None
         times = f"{self._bad[name]} evaluation{'s' * (self._bad[name] > 1)}"
         reason = f"{name} is {value:.4g}, for {times} worse than its best, {best:.4g}"
-        return Alarm(step, good, name, value, reason)
+        return Alarm(step, self._before(step), name, value, reason)
 
 
 def _scaled(name: str, value: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 BLUE, RED, INK, GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
+_COLORS = (BLUE, RED, "#3b9c6b", "#8a5fb0", "#d98c2b", "#7a7a7a")  # of runs beside each other
 _COURSES = ("#9a9a9a", RED, BLUE)
 
 
@@ -39,7 +42,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
     save(figure, path)
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: int | float, height: int | float) -> Figure:
     """An empty figure, in inches, that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -50,6 +53,22 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path: Path) -> None:
+    """Plot mean loss (nats a token) over pieces of a window, a line a name with its mean, as a PNG at `path`.
+
+    Args:
+        starts: [pieces] the first position of each piece, all of one length.
+        losses: [pieces] for each name.
+    """
+    figure = new_figure(8, 4.5)
+    axes = figure.subplots()
+    for (name, loss), color in zip(losses.items(), itertools.cycle(_COLORS), strict=False):
+        label = textwrap.fill(f"{name}: {loss.mean():.3f}", 60)
+        axes.plot(starts + starts[1] / 2, loss, label=label, color=color, linewidth=1.6)
+    _style(axes, "held-out loss (nats a token)", "position (tokens of context before)")
+    save(figure, path)
 
 
 def _columns(
@@ -129,18 +148,22 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
     names = {"loss": "loss (nats a token)", "grad_norm": "gradient norm"}
     steps = np.array([line["step"] for line in course.metrics])
     for axes, (name, label) in zip(figure.subplots(2, sharex=True), names.items(), strict=True):
-        axes.plot(*_columns(course.metrics, name, "step"), color=BLUE, linewidth=0.8, label=name)
+        axes.plot(*_columns(course.metrics, name, "step"), color=BLUE, linewidth=0.8, label="each step")
         limit = np.array([line[name] for line in limits])
         axes.plot(steps, limit, color=RED, linewidth=1.2, linestyle="--", label="limit")
-        for rewind in course.rewinds:
-            axes.axvspan(rewind.restored, rewind.step, color=RED, alpha=0.12, linewidth=0)
+        for i, rewind in enumerate(course.rewinds):
+            shade = {"color": INK, "alpha": 0.1, "linewidth": 0}
+            axes.axvspan(rewind.restored, rewind.step, label=None if i else "given up by a rewind", **shade)
             if name == "loss":
                 lost = [np.nan if value is None else value for value in rewind.lost_loss]
                 given_up = rewind.restored + 1 + np.arange(len(lost))
-                axes.plot(given_up, lost, color=RED, linewidth=0.8, label="given up")
+                axes.plot(given_up, lost, color=INK, linewidth=0.8)
         if name == "grad_norm":
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter("{x:g}")
         _style(axes, label, "step")
+    axes.get_legend().remove()  # the upper panel's serves both
     save(figure, path)
 
 

@@ -120,7 +120,11 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return has_metrics or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return (
+            has_metrics
+            or self.rewinds.exists()
+            or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        )
 
     @classmethod
     def open(cls, folder: Path) -> RunFolder:

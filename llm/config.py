@@ -11,6 +11,8 @@ from core.options import CheckpointConfig, DivergenceConfig, MeshConfig, Optimiz
 from llm.data.config import Source, check_weights
 from llm.model.config import ModelConfig
 
+EVALUATED = ("heldout_loss", "heldout_bits_per_byte")  # what `llm.eval.heldout` measures
+
 
 @config
 class TokenizerConfig:
@@ -119,6 +121,13 @@ class Experiment:
                 f"data.batch_size ({batch}) is not a multiple of "
                 f"train.accumulation ({self.train.accumulation})"
             )
+        for name in self.divergence.watch:
+            if name not in EVALUATED:
+                raise ValueError(
+                    f"divergence.watch: no evaluation has '{name}'; they have {', '.join(EVALUATED)}"
+                )
+        if self.divergence.watch and not self.eval.every:
+            raise ValueError("divergence.watch needs evaluations while the run trains: set eval.every")
         vocab = self.tokenizer.vocab_size
         if vocab is not None and self.tokenizer.path is not None:
             raise ValueError(

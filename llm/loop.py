@@ -112,8 +112,9 @@ def _run_steps(
             if alarm is None and _is_due(experiment.eval.every, step, steps):
                 with meter.lap("evaluation"):
                     figures = _evaluate(setup, programs.evaluate, state, step)
-                    _require_watched(experiment, figures)
-                    alarm, values = monitor.observe_evaluation(step, figures), values | figures
+                    values |= figures
+                    if step < steps:  # the last evaluation is of more text, and its figures of their own
+                        alarm = monitor.observe_evaluation(step, figures)
                     if alarm is None:
                         samples = _sample(setup, state, step)
             writer.write(step, values)  # before the checkpoint that stands for having done this step
@@ -139,15 +140,9 @@ def _monitor(setup: Setup) -> Monitor:
     monitor = Monitor(setup.experiment.divergence)
     for line in read_metrics(setup.run.metrics):
         monitor.observe(int(line["step"]), line)
-        if "heldout_loss" in line:
+        if "heldout_loss" in line and line["step"] < setup.experiment.train.steps:
             monitor.observe_evaluation(int(line["step"]), line)
     return monitor
-
-
-def _require_watched(experiment: Experiment, figures: dict[str, float]) -> None:
-    for name in experiment.divergence.watch:
-        if name not in figures:
-            raise UserError(f"divergence.watch: no evaluation has '{name}'; they have {', '.join(figures)}")
 
 
 def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
@@ -155,7 +150,7 @@ def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
     experiment, run = setup.experiment, setup.run
     checkpointer.wait()
     before = read_rewinds(run.rewinds)
-    rewind = plan(alarm, before, checkpointer.steps(), experiment.divergence)
+    rewind = plan(alarm, before, checkpointer.intact_steps(), experiment.divergence)
     lost = [line["loss"] for line in read_metrics(run.metrics) if line["step"] > rewind.restored]
     # In this order: whatever a kill comes between, a resumed run goes on before the bad batches.
     checkpointer.discard_after(rewind.restored)
@@ -210,7 +205,7 @@ def _save(
         "data": {"next_step": batch_of(step, skipped), "skipped": merged(skipped)},
         **setup.text.identity,
     }
-    checkpointer.save(step, *split(state), meta, hold=good - setup.experiment.divergence.skip)
+    checkpointer.save(step, *split(state), meta, hold=(good - setup.experiment.divergence.skip, good))
 
 
 def _profile(tracing: contextlib.ExitStack, run: RunFolder, first: int | None, step: int) -> None:

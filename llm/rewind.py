@@ -90,7 +90,7 @@ def _give_up(alarm: Alarm, before: Sequence[Rewind], options: DivergenceConfig) 
         f"the run diverges: at step {alarm.step}, {alarm.reason}; {tried}, and divergence.rewinds is "
         f"{options.rewinds}. Its good checkpoints stand. If it goes wrong again and again, start another run "
         "with a lower optimizer.learning_rate or more optimizer.warmup_steps; if some batches are bad, raise "
-        "divergence.rewinds or divergence.skip and go on with --resume"
+        "divergence.rewinds, and maybe divergence.skip, and go on with --resume"
     )
 
 

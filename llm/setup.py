@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -43,14 +44,15 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
-    model, optimizer = _model(experiment)
+    _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
+    model, optimizer = _model(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
     _check_prompts(experiment, text.tokenizer)
     return Setup(experiment, run, mesh, model, optimizer, text)
 
 
-def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
+def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
     options = experiment.train
     backend = choose_backend(
         options.attention,
@@ -59,7 +61,7 @@ def _model(experiment: Experiment) -> tuple[Blueprint, Optimizer]:
         dtype=options.dtype,
         length=experiment.data.sequence_length,
         isolated=experiment.data.isolate,
-        divided=experiment.mesh.context != 1,
+        divided=mesh.shape["context"] > 1,
     )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]
@@ -87,6 +89,18 @@ def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
             "data.sequence_length": ("act_seq", data.sequence_length),
         },
     )
+
+
+def _check_initial(source: str | None) -> None:
+    if source is None:
+        return
+    try:
+        RunFolder.open(Path(source))
+    except UserError as error:
+        raise UserError(
+            f"init.from: {error}; train that run first with its own config, start where it lies, or name its "
+            "folder with --set init.from=..."
+        ) from None
 
 
 def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:

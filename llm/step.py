@@ -62,7 +62,8 @@ def gradients(
     enters with the weights, as does `scale`, a factor on the loss while it is differentiated: so every
     product of the backward pass, the head's included, has operands of the magnitude that float16 needs.
     """
-    total = jnp.maximum(batch.weights.sum(), 1.0)
+    total = batch.weights.sum()
+    total = jnp.where(total > 0, total, 1.0)
     batch = batch._replace(weights=batch.weights * (scale / total))
     differentiate = jax.grad(lambda params, part: loss_sum(blueprint, train, params, part), has_aux=True)
     if train.accumulation == 1:

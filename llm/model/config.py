@@ -25,6 +25,16 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
+    @model_validator(mode="after")
+    def _check(self):
+        for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"model.rope_scaling.{low} ({getattr(self, low):g}) must be positive and less than "
+                    f"{high} ({getattr(self, high):g})"
+                )
+        return self
+
 
 @config
 class Sparsity:
@@ -85,6 +95,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.head_dim ({self.head_dim}) x model.rope_fraction ({self.rope_fraction}) "
                 f"is {self.rotary_dim}: rotary embeddings need an even number of dimensions"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.original_length > self.max_length:
+            raise ValueError(
+                f"model.rope_scaling.original_length ({self.rope_scaling.original_length}) is longer than "
+                f"model.max_length ({self.max_length}): it is the length trained at before, and max_length "
+                "the one to reach"
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.window is {self.window}: it must be at least 1, or null for none")

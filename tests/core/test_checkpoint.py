@@ -279,7 +279,8 @@ def test_another_model_is_an_error_that_names_the_parameter(folder, change, mess
 
 def test_a_checkpoint_that_is_held_outlives_its_turn(tmp_path):
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
-        for step, hold in enumerate([None, None, None, 4, 4, 4, 5, 0, None], 1):
+        holds: list[tuple[int, ...]] = [(), (), (), (4,), (0, 4), (4,), (5,), (0,), ()]
+        for step, hold in enumerate(holds, 1):
             checkpointer.save(step, *make_state(), {}, hold=hold)
             if step == 6:
                 checkpointer.wait()

@@ -95,3 +95,24 @@ def test_replaying_restores_the_monitor():
         again.observe(step, line)
     assert [again.observe(step, line) for step, line in enumerate(lines[181:], 182)] == expected[181:]
     assert any(expected)
+
+
+@pytest.mark.parametrize("growth", [2, 5])
+def test_norms_that_grow_during_warm_up_without_noise_are_no_divergence(growth):
+    """As with large batches, where nothing but the trend moves them."""
+    rng = np.random.default_rng(0)
+    norms = np.exp(np.log(growth) * np.minimum(np.arange(300) / 100, 1) + 0.02 * rng.standard_normal(300))
+    assert alarms([{"loss": 3.0, "grad_norm": norm} for norm in norms.tolist()]) == []
+
+
+def test_good_is_before_all_that_looked_bad():
+    lines = course(300)
+    lines[199]["loss"] = lines[200]["loss"] = 60.0
+    lines[201]["grad_norm"] = math.nan
+    (alarm,) = alarms(lines[:202])
+    assert (alarm.step, alarm.good, alarm.metric) == (202, 199, "grad_norm")
+    monitor = Monitor(DivergenceConfig(watch={"score": "min"}))
+    for step, line in enumerate(course(3), 1):
+        monitor.observe(step, line)
+    first = monitor.observe_evaluation(3, {"score": math.nan})
+    assert first is not None and first.good == 2, "never evaluated before: no reason to begin anew"
