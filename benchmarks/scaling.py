@@ -8,7 +8,8 @@ beside the ratio of the operations that the model needs (`llm/model/flops.py`) a
 products have, hidden keys and what is computed again included.
 
 Memory is what the compiled program asks for, arguments and temporaries, beside `arithmetic_bytes`. (A
-process's peak of resident memory also holds what compiling took and what glibc keeps.)
+process's peak of resident memory also holds what compiling took and what glibc keeps.) On a GPU, start from a
+larger step: `--shape gpu`.
 """
 
 from __future__ import annotations
