@@ -85,6 +85,8 @@ def _share(task: int | None, tasks: int | None, environment: Mapping[str, str]) 
             for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
         )
         task = (number - first) // step
+    if task is None and tasks not in (None, 1):
+        raise UserError(f"--tasks {tasks} without --task: say which of them this is, counted from 0")
     task, tasks = task or 0, 1 if tasks is None else tasks
     if not 0 <= task < tasks:
         raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,8 +171,9 @@ def open_dataset(
             "or keep some of their documents"
         )
     num_bytes = sum(count["bytes"] for count in counts)
-    # Mappings are kept, but not all: an operating system allows some 65,000.
-    open_shard = functools.lru_cache(maxsize=4096)(lambda number: _open_shard(*shards[number]))
+    # Mappings are kept, but not all: each of a shard's three holds a file open, often one of 1,024 at most.
+    kept = max(4, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 32))
+    open_shard = functools.lru_cache(maxsize=kept)(lambda number: _open_shard(*shards[number]))
     return TokenDataset(split, sequence_length, first_token, first_document, num_bytes, open_shard)
 
 

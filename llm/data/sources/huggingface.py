@@ -88,7 +88,8 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
     # Of files on the hub the path holds the commit; of others the metadata holds a time or a checksum.
     identity = (source.name, split, field, list(files), getattr(files, "origin_metadata", builder.hash))
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
-    num_bytes = builder.info.splits[split].num_bytes if builder.info.splits else None
+    known = (builder.info.splits or {}).get(split)
+    num_bytes = (known.num_bytes or None) if known else None  # a card may leave it out
     name = os.path.basename(os.path.abspath(path)) if local else source.huggingface
     return HuggingFaceSource(name, field, fingerprint, num_bytes, dataset)
 

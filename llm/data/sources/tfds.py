@@ -87,5 +87,5 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
     identity = (builder.info.full_name, split, field, len(records), files)
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     num_bytes = int(info.num_bytes)
-    shards = min(len(records), -(-num_bytes // shard_bytes))
+    shards = min(len(records), max(1, -(-num_bytes // shard_bytes)))  # of a slice, no size is known
     return TFDSSource(source.tfds, field, fingerprint, num_bytes, shards, records)
