@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -25,9 +24,9 @@ from core.errors import UserError, run_command
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.data.corpus import Corpus, Member, open_corpus
-from llm.data.loader import Mixture, TokenDataset, open_dataset, spread
+from llm.data.loader import Mixture, TokenDataset, open_dataset, read_index
 from llm.data.selection import read_selection, selection_fingerprint
-from llm.data.shards import build_shards, shards_key, unfinished
+from llm.data.shards import boundaries, build_shards, shards_key, unfinished
 from llm.tokenizer import Tokenizer, save, train_bpe
 
 _log = logging.getLogger("llm.prepare")  # also where this is the main module
@@ -132,6 +131,8 @@ def _tokenize(
     """The corpus, its tokenizer, and each member's shards, of which a task makes its own."""
     data = experiment.data
     cache = Path(data.cache) if data.cache else Path(experiment.run.dir) / ".cache"
+    if cache.exists() and not cache.is_dir():
+        raise UserError(f"data.cache: {cache} is a file: name a folder")
     corpus = open_corpus(data.sources, data.heldout, data.heldout_fraction, data.broken_fraction)
     tokenizer = _tokenizer(experiment, corpus, cache / "tokenizers")
     if tokenizer.vocab_size > experiment.model.vocab_size:
@@ -161,8 +162,7 @@ def _refuse_empty(experiment: Experiment, corpus: Corpus, folders: Sequence[Path
 
 
 def _count(folder: Path, split: str) -> int:
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    return sum(shard[split]["documents"] for shard in index["shards"])
+    return sum(shard[split]["documents"] for shard in read_index(folder)["shards"])
 
 
 def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer:
@@ -198,20 +198,32 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
 
 
 def _sample(corpus: Corpus) -> Iterator[str]:
-    """The training split; of a large one, or one of unknown size, as much from each of some shards."""
-    shards: Sequence[tuple[Member, int]] = corpus.shards
-    limit = None
-    if corpus.num_bytes is None or corpus.num_bytes > TOKENIZER_BYTES:
-        shards = [shards[i] for i in spread(len(shards), _TOKENIZER_SHARDS)]
-        limit = TOKENIZER_BYTES // max(1, len(shards))
-    for member, number in shards:
-        taken = 0
-        for document in member.documents(number):
-            if member.split_of(document.name) == "train":
-                yield document.text
-                taken += len(document.text.encode()) if limit else 0
-                if limit and taken >= limit:
-                    break
+    """The training split; of a large one, or one of unknown size, alike from shards spread over all of it."""
+    if corpus.num_bytes is not None and corpus.num_bytes <= TOKENIZER_BYTES:
+        yield from (document.text for document in corpus.documents("train"))
+        return
+    shards = [(member, number) for member, number in corpus.shards if member.split != "heldout"]
+    apart, left = -(-len(shards) // _TOKENIZER_SHARDS), TOKENIZER_BYTES
+    for first in range(apart):  # shards may be empty: all but the first of a compressed file are
+        streams = [_training_texts(*shard) for shard in shards[first::apart]]
+        while streams and left > 0:
+            share, unfinished = left // len(streams) + 1, []
+            for stream in streams:
+                taken = 0
+                for text in stream:
+                    yield text
+                    taken += len(text.encode())
+                    if taken >= share:
+                        unfinished.append(stream)
+                        break
+                left -= taken
+            streams = unfinished
+
+
+def _training_texts(member: Member, shard: int) -> Iterator[str]:
+    for document in member.documents(shard):
+        if member.split_of(document.name) == "train":
+            yield document.text
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -219,7 +231,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
     They are 0 for special and unused ids, and so it is what follows an id of no bytes that begins a text.
     """
-    special = set(tokenizer.special_ids.values())
+    special = {*tokenizer.special_ids.values(), *boundaries(tokenizer)}
     return np.array(
         [
             [0 if i in special else len(tokenizer.token_bytes(i, begins)) for i in range(vocab_size)]

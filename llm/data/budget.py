@@ -19,6 +19,7 @@ from core.devices import DEVICES, Device, named
 from core.errors import UserError, run_command
 from llm.config import Experiment
 from llm.data.corpus import open_corpus
+from llm.data.loader import read_index
 from llm.model.flops import matmul_parameters, num_parameters, training_flops_per_token
 
 CHINCHILLA = 20  # tokens per parameter where compute is best spent (Hoffmann et al. 2022, arXiv:2203.15556)
@@ -183,16 +184,23 @@ def corpus_size(experiment: Experiment) -> CorpusSize:
     largest = options.vocab_size or experiment.model.vocab_size
     counted: dict[str, int] = {}  # of each source's documents
     for path in sorted(cache.glob("shards/*/index.json"), key=lambda path: path.stat().st_mtime):
-        index = json.loads(path.read_text())
+        try:
+            index = read_index(path.parent)
+        except UserError:
+            continue
         if index["vocab_size"] == largest or (not trained and index["vocab_size"] < largest):
             counted[index["documents"]] = sum(shard["train"]["tokens"] for shard in index["shards"])
-    if all(member.fingerprint in counted for member in corpus.members):
-        tokens = sum(counted[member.fingerprint] for member in corpus.members)
-        return CorpusSize(tokens, False, f"counted in {cache / 'shards'}")
-    if corpus.num_bytes is None:
+    members = [member for member in corpus.members if member.split != "heldout"]
+    before = "before data.selection, " if data.selection else ""
+    if all(member.fingerprint in counted for member in members):
+        tokens = sum(counted[member.fingerprint] for member in members)
+        return CorpusSize(tokens, bool(before), f"{before}counted in {cache / 'shards'}")
+    sizes = [member.source.num_bytes for member in members]
+    if None in sizes:
         return CorpusSize(None, False, "not known before all sources are tokenized")
-    size = corpus.num_bytes * (1 if data.heldout else 1 - data.heldout_fraction)
-    source = f"estimated: {_short(size)} bytes at {BYTES_PER_TOKEN} a token; exact once the run has shards"
+    size = sum(filter(None, sizes)) * (1 if data.heldout else 1 - data.heldout_fraction)
+    rate = f"{_short(size)} bytes at {BYTES_PER_TOKEN} a token"
+    source = f"{before}estimated: {rate}; exact once the run has shards"
     return CorpusSize(round(size / BYTES_PER_TOKEN), True, source)
 
 

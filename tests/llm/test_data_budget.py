@@ -17,6 +17,7 @@ from core.errors import UserError
 from llm.config import Experiment
 from llm.data import budget
 from llm.data.budget import affordable_steps, compute_optimal, corpus_size, make_budget, make_cost
+from llm.data.config import Source
 from llm.model.config import ModelConfig
 from llm.model.flops import num_parameters
 from llm.model.transformer import blueprint
@@ -168,6 +169,13 @@ def test_corpus_tokens_are_counted_where_shards_stand(tmp_path):
     after = corpus_size(run)
     assert (after.tokens, after.estimated) == (tokens, False)
     assert make_budget(run, after).epochs == 12 * 8 * 16 / tokens
+    selected = dataclasses.replace(run, data=dataclasses.replace(run.data, selection="some.jsonl"))
+    assert corpus_size(selected).estimated and "before data.selection" in corpus_size(selected).source
+    (held := tmp_path / "held.txt").write_text("x" * 100_000)
+    apart = dataclasses.replace(run, data=dataclasses.replace(run.data, heldout=(Source(path=str(held)),)))
+    assert corpus_size(apart).tokens == pytest.approx(size / 4, abs=1), "what is held out is not trained on"
+    (next((tmp_path / "cache/shards").iterdir()) / "index.json").write_text("{")
+    assert corpus_size(run).estimated, "a damaged index is not one"
     other = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=301))
     assert corpus_size(other).estimated, "shards in another vocabulary are not this run's"
 

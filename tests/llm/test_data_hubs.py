@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import shutil
@@ -108,6 +109,7 @@ def test_the_fingerprint_is_that_of_the_files(folder, tmp_path):
         ({"tfds": "imdb_reviews", "dir": "DIR"}, r"is not prepared in DIR: tfds\.builder\('imdb"),
         ({"tfds": "toy", "dir": "DIR"}, "'toy' has no field 'text'; there are: "),
         ({"tfds": "toy", "dir": "DIR", "field": "body", "split": "valid"}, "'toy': Unknown split 'valid'"),
+        ({"tfds": "toy", "dir": "DIR", "field": "body", "split": "train[:9]"}, "a part or a sum of others"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_named(folder, prepared, entry, message):
@@ -125,6 +127,17 @@ def test_records_without_text_are_broken_and_a_broken_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "cut']))
     with pytest.raises(UserError, match=r"can't be read after record \d+ of its shard 0 .* damaged$"):
         list(opened(huggingface=str(tmp_path)).documents())
+    packed = gzip.compress("\n".join(lines).encode())
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match="can't be opened: Compressed file ended"):
+        list(opened(huggingface=str(tmp_path)).documents())
+
+
+def test_one_configuration_by_its_name_and_without_is_one_data_set(folder):
+    both = [Source(huggingface=str(folder), field="body", **name) for name in ({}, {"name": "default"})]
+    with pytest.raises(UserError, match="names every file of"):
+        open_corpus([both[0]], [both[1]])
 
 
 def test_tfds_is_read_without_tensorflow(prepared, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -140,6 +141,17 @@ def test_a_rewound_run_that_is_killed_goes_on_as_if_it_had_not_been(corpus, tmp_
     (killed / "rewinds.jsonl").unlink()
     with pytest.raises(UserError, match=r"passed over batches that .*rewinds.jsonl doesn't name"):
         train(run_of(corpus, tmp_path, "killed"), resume=True)
+
+
+def test_a_metric_that_turns_again_after_a_rewind_finds_its_checkpoint(corpus, tmp_path, monkeypatch):
+    """Two are kept, and more than that are saved before the second turn is certain."""
+    poison(monkeypatch, range(20, 44), unlearning)
+    options = {"threshold": 1e6, "watch": {"heldout_loss": "min"}, "skip": 1, "patience": 3, "rewinds": 5}
+    shorter = run_of(corpus, tmp_path, **options)
+    train(dataclasses.replace(shorter, checkpoint=dataclasses.replace(shorter.checkpoint, keep=2)))
+    rewinds = read_rewinds(tmp_path / "run/rewinds.jsonl")
+    assert len(rewinds) > 1 and all(rewind.restored > 0 for rewind in rewinds)
+    assert np.isfinite(read_metrics(tmp_path / "run/metrics.jsonl")[-1]["loss"])
 
 
 def test_it_stops_when_it_keeps_diverging_and_can_be_helped_on(corpus, tmp_path, monkeypatch):

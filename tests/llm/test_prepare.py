@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -24,7 +25,8 @@ from llm.config import Experiment, TokenizerConfig
 from llm.data.corpus import open_corpus
 from llm.data.shards import build_shards
 from llm.loop import train
-from llm.prepare import _sample, _share, prepare
+from llm.prepare import _sample, _share, prepare, token_bytes
+from llm.tokenizer import Tokenizer, save, train_bpe
 
 ROOT = Path(__file__).parents[2]
 
@@ -210,3 +212,33 @@ def test_a_tokenizer_reads_no_more_than_it_must(corpus, kinds, monkeypatch):
     assert len({names[text] for text in sample}) == len(sample) > 2
     longest = max(len(text.encode()) for text in sample)
     assert 5000 < sum(len(text.encode()) for text in sample) < 20_000 + 4 * longest
+
+
+def test_a_tokenizer_is_trained_on_as_much_of_compressed_files(tmp_path, monkeypatch):
+    """All of a compressed file is in the first of the shards that it spans; the others are empty."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        texts = [rng.bytes(200).hex() for _ in range(100)]
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+        )
+    corpus = open_corpus([f"{tmp_path}/*.jsonl.gz"], shard_bytes=2000)
+    assert len(corpus.shards) > 20
+    monkeypatch.setattr(llm.prepare, "TOKENIZER_BYTES", 20_000)
+    monkeypatch.setattr(llm.prepare, "_TOKENIZER_SHARDS", 3)
+    sizes = [len(text) for text in _sample(corpus)]
+    assert 20_000 <= sum(sizes) <= 20_000 + 3 * 400
+
+
+def test_an_end_of_text_costs_no_bytes_whatever_it_is_called(corpus, tmp_path):
+    save(train_bpe(["some words, some merges"], 270), tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer.json"
+    described = json.loads(file.read_text())
+    for token in described["added_tokens"]:
+        token["special"] = False
+    file.write_text(json.dumps(described))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    assert not tokenizer.special_ids
+    lengths = token_bytes(tokenizer, 300)
+    assert not lengths[:, [tokenizer.bos_id, tokenizer.eos_id]].any()
+    assert lengths[0, tokenizer.encode("w")] == 1

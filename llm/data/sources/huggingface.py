@@ -15,9 +15,6 @@ from core.errors import UserError
 from llm.data.config import Source
 from llm.data.sources.document import Broken, Document, from_record, import_extra
 
-# What `datasets` raises for names and splits, for an unreachable hub, and for files it can't read.
-_ERRORS = (OSError, ValueError, RuntimeError)
-
 
 @dataclass(frozen=True)
 class HuggingFaceSource:
@@ -41,7 +38,7 @@ class HuggingFaceSource:
                 row = next(rows)
             except StopIteration:
                 return
-            except _ERRORS as error:
+            except Exception as error:  # of decompression, of parsing, of the connection: no common base
                 raise UserError(
                     f"huggingface:{self.name} can't be read after record {index:,} of its shard {shard} "
                     f"({_first_line(error)}): run the same command again, which keeps the shards that are "
@@ -74,7 +71,7 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
         # What `load_dataset(..., streaming=True)` does, with the list of files in between.
         builder = datasets.load_dataset_builder(path, source.name, revision=source.revision)
         dataset = builder.as_streaming_dataset(split=split)
-    except _ERRORS as error:
+    except Exception as error:  # as many kinds as there are ways to be no data set
         raise UserError(
             f"{key}: the data set {source.huggingface!r} can't be opened: {_first_line(error)}; check its "
             "name, 'name', 'split' and 'revision', and the connection"
@@ -86,7 +83,8 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
         dataset = dataset.select_columns([field])
     files = (builder.config.data_files or {}).get(split, [])
     # Of files on the hub the path holds the commit; of others the metadata holds a time or a checksum.
-    identity = (source.name, split, field, list(files), getattr(files, "origin_metadata", builder.hash))
+    versions = getattr(files, "origin_metadata", builder.hash)
+    identity = (builder.config.name, split, field, list(files), versions)
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     known = (builder.info.splits or {}).get(split)
     num_bytes = (known.num_bytes or None) if known else None  # a card may leave it out

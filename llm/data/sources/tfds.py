@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class TFDSSource:
     name: str
     field: str
     fingerprint: str
-    num_bytes: int
+    num_bytes: int | None
     num_shards: int
     records: Any  # a sequence of mappings that is read where it is asked
 
@@ -70,6 +71,11 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
         raise UserError(
             f"{key}: {source.tfds!r} is not prepared in {folder}: {prepare}.download_and_prepare() does that"
         )
+    if re.search(r"[\[+%]", split):  # records would have other names, and so belong to another split of ours
+        raise UserError(
+            f"{key}: the split {split!r} is a part or a sum of others: name one, hold out by "
+            "data.heldout_fraction, and leave out by data.selection"
+        )
     if field not in builder.info.features:
         there = ", ".join(builder.info.features)
         raise UserError(f"{key}: {source.tfds!r} has no field {field!r}; there are: {there}")
@@ -86,6 +92,6 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
     files = [(str(path), stamp(os.stat(path))) for path in info.filepaths]
     identity = (builder.info.full_name, split, field, len(records), files)
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
-    num_bytes = int(info.num_bytes)
-    shards = min(len(records), max(1, -(-num_bytes // shard_bytes)))  # of a slice, no size is known
+    num_bytes = int(info.num_bytes) or None  # its metadata may leave it out
+    shards = min(len(records), -(-(num_bytes or shard_bytes) // shard_bytes))
     return TFDSSource(source.tfds, field, fingerprint, num_bytes, shards, records)
