@@ -17,6 +17,7 @@ from llm.tokenizer.files import CONFIG, as_bytes, find, read, write
 from llm.tokenizer.sentencepiece import BYTES, SPACE, convert
 
 _PROBE = "A  b\n\té😀"  # case, spaces, and characters that few vocabularies have: what is lost shows here
+_UTF8 = {bytes([byte]) for byte in range(256) if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))}
 
 
 class Tokenizer:
@@ -70,6 +71,12 @@ class Tokenizer:
             raise UserError(
                 f"the tokenizer in {path} loses text: its ids of {_PROBE!r} give back {encoded!r}; "
                 "choose one that keeps case, spaces and all characters"
+            )
+        lacking = _UTF8 - set(self._bytes.values())
+        if lacking:
+            raise UserError(
+                f"the tokenizer in {path} loses text: no token stands for {len(lacking)} of the bytes that "
+                f"UTF-8 has, such as {min(lacking)!r}; choose one that has them all"
             )
 
     @classmethod
