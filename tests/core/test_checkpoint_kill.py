@@ -92,6 +92,7 @@ def kill_at_random(folder: Path, times: int) -> None:
             assert line.startswith("from "), child.stderr.read()
             assert int(line.split()[1]) >= reached
             lines = [child.stdout.readline() for _ in range(random.integers(1, 4))]
+            assert all(lines), child.stderr.read()  # else it ended by itself
             time.sleep(random.uniform(0.0, 0.3))
             child.kill()
             begun = [int(line.split()[1]) for line in [*lines, *child.stdout]]
