@@ -27,10 +27,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
     "norm": None,
     # activations
-    "act_batch": ("data", "fsdp"),
+    "act_batch": ("data", "fsdp", "expert"),  # along `expert` too, where tokens go to their experts and back
     "act_seq": "context",
+    "act_stream": (
+        "context",
+        "tensor",
+    ),  # the sequence where heads, mlp and vocab are whole: between products
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
@@ -44,7 +49,7 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
     """The device mesh, every axis of `AXES` present.
 
     Raises:
-        UserError: if the axes' product is not the number of devices, or nothing divides along an axis.
+        UserError: if the axes' product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(options, axis) for axis in AXES}
@@ -58,13 +63,6 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             f"the mesh {asked or 'of one device'} does not match the {len(devices)} {devices[0].platform} "
             "device(s) here: the product of its axes must be the number of devices (-1 takes the rest)"
         )
-    divided = {name for axis in RULES for name in _mesh_axes(axis)}
-    for axis in AXES:
-        if sizes[axis] > 1 and axis not in divided:
-            raise UserError(
-                f"mesh.{axis} is {sizes[axis]}, but nothing is divided along it yet: "
-                "its devices would all compute the same; leave it at 1"
-            )
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

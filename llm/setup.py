@@ -74,6 +74,10 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
 
 def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     model, data = experiment.model, experiment.data
+    if mesh.shape["expert"] > 1:
+        raise UserError(
+            f"mesh.expert is {mesh.shape['expert']}, but the model has no experts to divide: use mesh.data"
+        )
     check_divides(
         mesh,
         {
@@ -86,7 +90,7 @@ def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
                 "act_batch",
                 data.batch_size // experiment.train.accumulation,
             ),
-            "data.sequence_length": ("act_seq", data.sequence_length),
+            "data.sequence_length": ("act_stream", data.sequence_length),
         },
     )
 

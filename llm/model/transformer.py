@@ -134,10 +134,23 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x, view: View, kv, capture: bool):
-        y, kv, weights = self.attention(self.attention_norm(x), view, kv, capture)
-        y = x + y
-        y = y + self.mlp(self.mlp_norm(x if self.parallel else y))
-        return shard(y, "act_batch", "act_seq", "act_embed"), kv, weights
+        y, kv, weights = self.attention(whole(self.attention_norm(x)), view, kv, capture)
+        y = x + spread(y)
+        y = y + spread(self.mlp(whole(self.mlp_norm(x if self.parallel else y))))
+        return spread(y), kv, weights
+
+
+def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The residual stream between products, its sequence divided over `tensor` too, so that norms and what is
+    kept for the backward pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    return shard(x, "act_batch", "act_stream", "act_embed")
+
+
+def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The stream as products over divided heads, mlp and vocabulary read it: gathered over `tensor`."""
+    # Constrained as it was first: XLA would else gather what x is cast from, in float32.
+    return shard(spread(x), "act_batch", "act_seq", "act_embed")
 
 
 class Transformer(nnx.Module):
@@ -182,8 +195,8 @@ class Transformer(nnx.Module):
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
-        x = table[tokens].astype(self.compute.dtype)
-        x = shard(x, "act_batch", "act_seq", "act_embed")
+        x = shard(table[tokens], "act_batch", "act_seq", "act_embed")
+        x = spread(x.astype(self.compute.dtype))
         if cache is None:
             x, aux = self._scan_blocks(x, view, capture)
             return Output(self.norm(x), None, aux)

@@ -53,7 +53,7 @@ def test_no_parameter_collides(config):
 
 def test_collisions_are_errors():
     assert spec(("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
-    assert spec(("act_batch", "act_seq", None)) == P(("data", "fsdp"), "context", None)
+    assert spec(("act_batch", "act_seq", None)) == P(("data", "fsdp", "expert"), "context", None)
     for axes in [("heads", "mlp"), ("embed", "embed"), ("act_batch", "embed"), ("vocab", "act_heads")]:
         with pytest.raises(ValueError, match="collide on one mesh axis"):
             spec(axes)
@@ -76,8 +76,6 @@ def test_mesh_sizes():
         ({"data": 2, "fsdp": 2}, r"mesh\.data=2, mesh\.fsdp=2 does not match"),
         ({"tensor": 3}, r"mesh\.tensor=3 does not match"),
         ({"data": 1}, r"the mesh of one device does not match"),
-        ({"expert": 2}, r"mesh\.expert is 2, but nothing is divided along it"),
-        ({"data": 1, "expert": -1}, r"mesh\.expert is 8, but nothing is divided along it"),
     ],
 )
 def test_a_mesh_that_can_not_be_is_named(sizes, message):
