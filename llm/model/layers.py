@@ -47,8 +47,8 @@ def _weight_first(equation: str, x: jax.Array, w: jax.Array, out_dtype: DTypeLik
 def contract(equation: str, x: jax.Array, y: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
     """`einsum` with operands in x's dtype and sums in float32; the result is in `out_dtype`, x's by default.
 
-    Where the summed axis is divided over the mesh, devices exchange their partial sums in `out_dtype`; the CPU,
-    whose products into bfloat16 take twice as long, in float32.
+    Where the summed axis is divided over the mesh, devices exchange their partial sums in `out_dtype`; the
+    CPU, whose products into bfloat16 take twice as long, in float32.
 
     Both products of the backward pass read operands in x's dtype too. (JAX's own rule would multiply a
     float32 cotangent.) Each gradient has its argument's dtype.
