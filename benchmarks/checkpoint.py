@@ -1,9 +1,9 @@
-"""What saving costs training: the stall, the steps that run beside the writing, and a save that is waited for.
+"""What saving costs training: the stall, the steps beside the writing, and a save that is waited for.
 
     python -m benchmarks.checkpoint [--rounds 5] [--widths 256 512 1024] [--folder runs/checkpoint-benchmark]
 
-Real training steps of Llamas of six layers with AdamW, saved as production does. In each round, in turns: steps
-alone; a save and the steps until it is on the disk; a save that is waited for before the next step.
+Real training steps of Llamas of six layers with AdamW, saved as production does. In each round, in turns:
+steps alone; a save and the steps until it is on the disk; a save that is waited for before the next step.
 """
 
 from __future__ import annotations

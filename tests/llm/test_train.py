@@ -70,6 +70,9 @@ def test_what_a_run_leaves(undisturbed):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["heldout_bits_per_byte"] == metrics[-1]["heldout_bits_per_byte"]
     assert len(summary["corpus_fingerprint"]) == 16
+    stalls = [line["checkpoint_seconds"] for line in metrics if line["step"] in (5, 9)]
+    assert all(stalls) and sum(line["checkpoint_seconds"] for line in metrics) == pytest.approx(sum(stalls))
+    assert summary["checkpoint_stall_seconds"] == pytest.approx(sum(stalls) / 2)
     for name in ("config.yaml", "tokenizer/tokenizer.json", "plots/loss.png", "checkpoints/12/manifest.json"):
         assert (undisturbed / name).exists()
     meta = Checkpointer(undisturbed / "checkpoints").read_meta(12)
@@ -273,8 +276,40 @@ def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_p
     assert numbers(tmp_path / "run")[-1]["heldout_loss"] == numbers(undisturbed)[-1]["heldout_loss"]
 
 
+def test_a_second_stage_goes_on_without_the_first(undisturbed, corpus, tmp_path, monkeypatch, caplog):
+    first = shutil.copytree(undisturbed, tmp_path / "first")
+    prompts = {"every": 0, "prompts": ["def f(x):"], "sample_tokens": 4}
+    second = experiment(
+        corpus,
+        tmp_path,
+        init={"from": str(first)},
+        eval=prompts,
+        model={"rope_theta": 5e5},
+        train={"steps": 3},
+    )
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(second)
+    assert "in another model: model.rope_theta is 10000.0 there and 500000.0 here" in caplog.text
+    shutil.rmtree(first)
+    train(second, resume=True)
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_finished_run_resumed_shows_its_samples(corpus, tmp_path, capsys):
+    done = experiment(
+        corpus, tmp_path, eval={"prompts": ["def f(x):"], "sample_tokens": 4}, train={"steps": 1}
+    )
+    train(done)
+    samples, printed = (tmp_path / "run/samples.md").read_text(), capsys.readouterr().out
+    train(done, resume=True)
+    assert (tmp_path / "run/samples.md").read_text() == samples
+    again = capsys.readouterr().out
+    assert again == printed and "def f(x):" in again
+
+
 def test_init_from_another_shape_is_refused(undisturbed, corpus, tmp_path):
-    with pytest.raises(UserError, match=r"init\.from.*other parameters"):
+    with pytest.raises(UserError, match=r"init\.from.*\(model\.mlp_dim is 32 there and 64 here\)"):
         train(experiment(corpus, tmp_path, init={"from": str(undisturbed)}, model={"mlp_dim": 64}))
 
 
