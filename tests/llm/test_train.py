@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -278,14 +279,9 @@ def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_p
 
 def test_a_second_stage_goes_on_without_the_first(undisturbed, corpus, tmp_path, monkeypatch, caplog):
     first = shutil.copytree(undisturbed, tmp_path / "first")
-    prompts = {"every": 0, "prompts": ["def f(x):"], "sample_tokens": 4}
+    caplog.set_level(logging.INFO, "llm.start")
     second = experiment(
-        corpus,
-        tmp_path,
-        init={"from": str(first)},
-        eval=prompts,
-        model={"rope_theta": 5e5},
-        train={"steps": 3},
+        corpus, tmp_path, init={"from": str(first)}, model={"rope_theta": 5e5}, train={"steps": 3}
     )
     with monkeypatch.context() as patch:
         stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
