@@ -17,8 +17,13 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 def setup(*packages: str) -> None:
-    """Show messages of `core` and `packages` from INFO on, and other libraries' from WARNING on."""
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    """Show messages of `core` and `packages` from INFO on, and other libraries' from WARNING on.
+
+    In a file each is one line, so that it can be searched for, paths and all.
+    """
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setFormatter(_LevelFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("core", *packages):

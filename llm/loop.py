@@ -93,7 +93,7 @@ def _run_steps(
     skipped = [rewind.skipped for rewind in read_rewinds(run.rewinds)]
     batches = prefetch(_batches(setup, start, skipped))
     meter = Meter(experiment, mesh)
-    samples: list[str] = []
+    samples = _sample(setup, state, start) if start == steps else []  # of a run that is done already
     with (
         contextlib.closing(batches),
         MetricsWriter(run, start) as writer,

@@ -44,7 +44,8 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     _check_mesh(experiment, mesh)
-    _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
+    if not RunFolder(experiment.run.folder).has_checkpoint:
+        _check_initial(experiment.init.source)  # before a folder of this run's stands where it is missing
     model, optimizer = _model(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
     text = prepare(experiment)
