@@ -71,9 +71,7 @@ class MoE(nnx.Module):
         router = shard(self.router[...], "act_embed", None)
         logits = shard(product("bsd,de->bse", x.astype(jnp.float32), router), *STREAM)
         probabilities = jax.nn.softmax(logits)
-        weights, experts = jax.lax.top_k(probabilities, self.options.top_k)
-        if self.options.normalize_top_k:
-            weights = weights / weights.sum(-1, keepdims=True)
+        weights, experts = self._choose(probabilities)
         if self.path == "ragged" and not dropless:
             kernels = self.gate.kernel[...], self.up.kernel[...], self.down.kernel[...]
             y, counts = ragged_experts(x, experts, weights, *kernels)
@@ -86,6 +84,18 @@ class MoE(nnx.Module):
         balance = self.options.num_experts * jnp.sum(share * probabilities.mean((0, 1)))
         z_loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
         return y, Routing(balance, z_loss, dropped)
+
+    def _choose(self, probabilities):
+        """The weights [B, S, k] and numbers of each token's experts."""
+
+        def choose(probabilities):
+            weights, experts = jax.lax.top_k(probabilities, self.options.top_k)
+            total = weights.sum(-1, keepdims=True) if self.options.normalize_top_k else 1.0
+            return weights / total, experts
+
+        if tokens_divide(probabilities):  # XLA would gather them all for `top_k`
+            choose = jax.shard_map(choose, in_specs=spec(STREAM), out_specs=spec(STREAM))
+        return choose(probabilities)
 
     def _padded(self, x, experts, weights, dropless: bool):
         """The sum [B, S, D], how often each expert was chosen [E], and the share of choices dropped."""
@@ -118,7 +128,8 @@ class MoE(nnx.Module):
         rows, slots, counts = to_experts(x, experts)
         rows = shard(rows, "act_experts", "act_slots", "act_embed")
         hidden = shard(swiglu(self.gate(rows), self.up(rows)), "act_experts", "act_slots", "act_mlp")
-        rows = shard(self.down(hidden), "act_experts", "act_slot_stream", "act_embed")
+        rows = shard(self.down(hidden), "act_experts", "act_slots", "act_embed")
+        rows = shard(rows, "act_experts", "act_slot_stream", "act_embed")
         dropped = jnp.maximum(counts - capacity, 0).sum() / experts.size
         return from_experts(rows, weights, slots), counts.sum(0), dropped
 
