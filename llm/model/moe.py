@@ -2,8 +2,8 @@
 
     p = softmax(router · x),    y = sum over the top k experts e of  w_e · expert_e(x)   (+ shared(x))
 
-where w is p, or p divided by its sum over the chosen (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024,
-arXiv:2401.04088; shared experts: Dai et al. 2024, arXiv:2401.06066).
+where w is p, or p divided by its sum over the chosen (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al.
+2024, arXiv:2401.04088; shared experts: Dai et al. 2024, arXiv:2401.06066).
 
 Every device lays its tokens out in slots, C for each expert; with experts on several devices one `all_to_all`
 takes the slots to them and another back. What lies between are products over whole arrays, as in any MLP. A
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from core.mesh import AXES, num_shards, shard, spec
 from core.module import param
@@ -42,9 +42,9 @@ class Routing(NamedTuple):
     All tokens of the batch count alike, also those without weight in the loss: they take an expert's time.
     """
 
-    balance_loss: Float[Array, "..."]  # E sum_e f_e p_e: f_e choices of e a token, p_e mean; k when even
-    router_z_loss: Float[Array, "..."]  # mean log(sum exp(logits))^2 (Zoph et al. 2022, arXiv:2202.08906)
-    dropped_fraction: Float[Array, "..."]  # of the k choices of each token, those that found no slot
+    balance_loss: Float[Array, ""]  # E sum_e f_e p_e: f_e choices of e a token, p_e mean; k when even
+    router_z_loss: Float[Array, ""]  # mean log(sum exp(logits))^2 (Zoph et al. 2022, arXiv:2202.08906)
+    dropped_fraction: Float[Array, ""]  # of the k choices of each token, those that found no slot
 
 
 class MoE(nnx.Module):
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], *, dropless: bool = False
     ) -> tuple[Float[Array, "B S D"], Routing]:
-        """The experts' weighted sum, both as `spread` lays the stream out; `dropless` whatever the capacity."""
+        """The weighted sum, laid out like x as `spread` does; with `dropless` whatever the capacity."""
         router = shard(self.router[...], "act_embed", None)
         logits = shard(product("bsd,de->bse", x.astype(jnp.float32), router), *STREAM)
         probabilities = jax.nn.softmax(logits)

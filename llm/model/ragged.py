@@ -1,5 +1,5 @@
-"""Experts without slots: only rows that exist are sent and multiplied, whatever the balance. For GPUs: XLA's CPU
-backend has no `ragged_all_to_all`, and computes `ragged_dot` as one masked product over all experts.
+"""Experts without slots: only rows that exist are sent and multiplied, however uneven. For GPUs: on a CPU XLA
+has no `ragged_all_to_all`, and JAX makes of `ragged_dot` one masked product over all experts.
 
 The rows that a device receives have no bound but the worst case, that all devices' tokens choose its experts:
 that much memory is set aside, and only what arrives is computed.
@@ -8,7 +8,6 @@ that much memory is set aside, and only what arrives is computed.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Literal
 
 import jax
@@ -86,7 +85,14 @@ def ragged_experts(
         tokens, kernels = spec(("act_batch", "act_seq", None)), ("experts", "embed", "mlp")
         local = jax.shard_map(
             local,
-            in_specs=(tokens, tokens, tokens, spec(kernels), spec(kernels), spec(kernels[:1] + kernels[:0:-1])),
+            in_specs=(
+                tokens,
+                tokens,
+                tokens,
+                spec(kernels),
+                spec(kernels),
+                spec(kernels[:1] + kernels[:0:-1]),
+            ),
             out_specs=(spec(("act_batch", "act_stream", None)), PartitionSpec(_token_axes())),
             check_vma=False,  # the sums over devices that its checks would ask for are written out
         )
@@ -99,8 +105,10 @@ def _token_axes() -> tuple[str, ...]:
 
 
 def _exchange(rows: Float[Array, "n D"], counts: Int[Array, " E"], size: int):
-    """Send each expert's rows to its device. Returns what came for the experts here, by expert, [size, D]; how
-    many rows each has; and the function that takes rows in this order back to where they came from, [n, D].
+    """Send each expert's rows to its device.
+
+    Returns what came for the experts here, by expert, [size, D]; how many rows each has; and the function that
+    takes rows in this order back to where they came from, [n, D].
     """
     devices, me = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     # [from, to, expert there]: every device knows all the counts, and so where each one's rows go
