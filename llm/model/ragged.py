@@ -107,8 +107,8 @@ def _token_axes() -> tuple[str, ...]:
 def _exchange(rows: Float[Array, "n D"], counts: Int[Array, " E"], size: int):
     """Send each expert's rows to its device.
 
-    Returns what came for the experts here, by expert, [size, D]; how many rows each has; and the function that
-    takes rows in this order back to where they came from, [n, D].
+    Returns what came for the experts here, by expert, [size, D]; how many rows each has; and the function
+    that takes rows in this order back to where they came from, [n, D].
     """
     devices, me = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     # [from, to, expert there]: every device knows all the counts, and so where each one's rows go

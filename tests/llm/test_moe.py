@@ -290,7 +290,7 @@ def test_kernels_are_gathered_in_bfloat16_and_their_gradients_summed_in_float32(
 
 def test_the_objective_is_the_mean_loss_and_the_routers():
     """Of one batch: gradients add up, and the losses are means, whatever the scale and the accumulation."""
-    shape, batch = dataclasses.replace(SPARSE, num_layers=1), jax.tree.map(lambda x: x[:8], packed_batch(0))
+    shape, batch = dataclasses.replace(SPARSE, num_layers=1), jax.tree.map(lambda x: jnp.asarray(x[:8]), packed_batch(0))
     params = jax.jit(blueprint(shape).init)(jax.random.key(0))
 
     def of(balance_loss, z_loss, scale=1.0, accumulation=1):
@@ -349,13 +349,12 @@ def test_decoding_drops_nothing_and_is_the_same_on_a_mesh():
     tight = dataclasses.replace(full, moe=dataclasses.replace(EXPERTS, capacity=0.25))
     params, prompts = random_params(full, 0.3), [[3, 1, 4, 1, 5], [9, 2, 6]]
     keys, sampling = prompt_keys(jax.random.key(0), prompts), Sampling.of(1.0)
-    expected, got = (generate(c, params, prompts, keys, sampling, 10) for c in (full, tight))
-    assert [row.token_ids for row in got] == [row.token_ids for row in expected]
+    expected = generate(full, params, prompts, keys, sampling, 10)
     assert len({i for row in expected for i in row.token_ids}) > 5
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(mesh, blueprint(full).axes))
-        sharded = generate(full, placed, prompts, keys, sampling, 10)
+        placed = jax.device_put(params, shardings(mesh, blueprint(tight).axes))
+        sharded = generate(tight, placed, prompts, keys, sampling, 10)
     assert [row.token_ids for row in sharded] == [row.token_ids for row in expected]
 
 
