@@ -62,7 +62,7 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
         dtype=options.dtype,
         length=experiment.data.sequence_length,
         isolated=experiment.data.isolate,
-        divided=mesh.shape["context"] > 1,
+        context=mesh.shape["context"],
     )
     check_path(options.experts, jax.default_backend(), experiment.model.moe)
     compute = Compute(options.dtype, backend, options.remat, options.scan_layers, options.experts)

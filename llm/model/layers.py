@@ -159,9 +159,9 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """The residual stream between products, its sequence divided over `tensor` too, so that norms and what is
-    kept for the backward pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
+def stream(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The residual stream, its sequence divided over `tensor` too: norms and what is kept for the backward
+    pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
     """
     return shard(x, "act_batch", "act_stream", "act_embed")
 
@@ -169,4 +169,10 @@ def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The stream as products over divided heads, mlp and vocabulary read it: gathered over `tensor`."""
     # Constrained as it was first: XLA would else gather what x is cast from, in float32.
-    return shard(spread(x), "act_batch", "act_seq", "act_embed")
+    return shard(stream(x), "act_batch", "act_seq", "act_embed")
+
+
+def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What such products give, summed over `tensor` and divided again."""
+    # In two steps: where `context` divides the sequence as well, XLA would else gather it whole in between.
+    return stream(shard(x, "act_batch", "act_seq", "act_embed"))

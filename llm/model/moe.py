@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from core.mesh import AXES, num_shards, shard, spec
 from core.module import param
 from llm.model.config import ModelConfig
-from llm.model.layers import Linear, product, swiglu, whole
+from llm.model.layers import Linear, product, spread, swiglu, whole
 from llm.model.mlp import MLP, residual_scale
 from llm.model.ragged import Path, ragged_experts
 from llm.model.slots import Slots, collect, lay_out, queue
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], *, dropless: bool = False
     ) -> tuple[Float[Array, "B S D"], Routing]:
-        """The weighted sum, laid out like x as `spread` does; with `dropless` whatever the capacity."""
+        """The weighted sum, laid out like x, as `stream` does; with `dropless` whatever the capacity."""
         router = shard(self.router[...], "act_embed", None)
         logits = shard(product("bsd,de->bse", x.astype(jnp.float32), router), *STREAM)
         probabilities = jax.nn.softmax(logits)
@@ -79,7 +79,7 @@ class MoE(nnx.Module):
         else:
             y, counts, dropped = self._padded(x, experts, weights, dropless)
         if self.shared is not None:
-            y = y + shard(self.shared(whole(x)), *STREAM)
+            y = y + spread(self.shared(whole(x)))
         share = counts / math.prod(x.shape[:2])
         balance = self.options.num_experts * jnp.sum(share * probabilities.mean((0, 1)))
         z_loss = jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)

@@ -20,11 +20,12 @@ from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
 from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
-from llm.model.layers import Linear, Norm, product, spread, whole
+from llm.model.layers import Linear, Norm, product, spread, stream, whole
 from llm.model.masks import Mask, document_starts
 from llm.model.mlp import MLP, residual_scale
 from llm.model.moe import MoE, Routing
 from llm.model.ragged import Path
+from llm.model.ring import from_zigzag, to_zigzag
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -97,6 +98,8 @@ class Attention(nnx.Module):
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
             starts = None if starts is None else jnp.repeat(starts, groups, axis=0)
         weights = None
+        if capture and self.backend == "ring":
+            raise ValueError("captured attention maps need a model whose attention is not 'ring'")
         if capture:
             weights = attention_weights(q, k, starts, self.mask, view.q_offset)
             y = weighted_values(weights, v)
@@ -125,10 +128,10 @@ class Block(nnx.Module):
         y, routing = x + spread(y), None
         z = self.mlp_norm(x if self.parallel else y)
         if isinstance(self.mlp, MoE):
-            z, routing = self.mlp(spread(z), dropless=kv is not None)
+            z, routing = self.mlp(stream(z), dropless=kv is not None)
         else:
-            z = self.mlp(whole(z))
-        return spread(y + spread(z)), kv, weights, routing
+            z = spread(self.mlp(whole(z)))
+        return stream(y + z), kv, weights, routing
 
 
 class Transformer(nnx.Module):
@@ -159,9 +162,11 @@ class Transformer(nnx.Module):
         it, and the grown one is returned. With `capture` the result's `aux` holds `attention`
         [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
         """
-        cos, sin = rope.rotations(self.config, positions)
         if cache is None:
-            view = View(cos, sin, None if segment_ids is None else document_starts(segment_ids), 0)
+            starts = None if segment_ids is None else document_starts(segment_ids)
+            if self.compute.attention == "ring":
+                tokens, positions, starts = jax.tree.map(to_zigzag, (tokens, positions, starts))
+            view = View(*rope.rotations(self.config, positions), starts, 0)
         elif segment_ids is None:
             raise ValueError("tokens that a cache remembers need segment ids: 0 for padding")
         else:
@@ -169,7 +174,7 @@ class Transformer(nnx.Module):
             starts = jax.lax.dynamic_slice_in_dim(
                 document_starts(seen), cache.length, tokens.shape[1], axis=1
             )
-            view = View(cos, sin, starts, cache.length)
+            view = View(*rope.rotations(self.config, positions), starts, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
@@ -177,9 +182,12 @@ class Transformer(nnx.Module):
         x = spread(x.astype(self.compute.dtype))
         if cache is None:
             x, aux, routing = self._scan_blocks(x, view, capture)
-            return Output(self.norm(x), None, aux, routing)
+            hidden = whole(self.norm(x))
+            if self.compute.attention == "ring":
+                hidden = from_zigzag(hidden)
+            return Output(hidden, None, aux, routing)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
-        return Output(self.norm(x), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
+        return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 
     def _scan_blocks(self, x, view: View, capture: bool):
         graph, stacked = nnx.split(self.blocks)
