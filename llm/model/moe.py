@@ -120,10 +120,10 @@ class MoE(nnx.Module):
             return collect(rows.reshape(-1, rows.shape[-1]), flat, slots).reshape(*weights.shape[:2], -1)
 
         if divided:
-            stream, rows = spec(STREAM), spec(("act_experts", "act_slot_stream", None))
+            here, there = spec(STREAM), spec(("act_experts", "act_slot_stream", None))
             own = PartitionSpec(AXES)  # each device's
-            to_experts = jax.shard_map(to_experts, in_specs=(stream, stream), out_specs=(rows, own, own))
-            from_experts = jax.shard_map(from_experts, in_specs=(rows, stream, own), out_specs=stream)
+            to_experts = jax.shard_map(to_experts, in_specs=(here, here), out_specs=(there, own, own))
+            from_experts = jax.shard_map(from_experts, in_specs=(there, here, own), out_specs=here)
 
         rows, slots, counts = to_experts(x, experts)
         rows = shard(rows, "act_experts", "act_slots", "act_embed")
