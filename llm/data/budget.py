@@ -265,7 +265,8 @@ def _print(
     )
     ratio = f"{budget.chinchilla_ratio:.3g} x Chinchilla's {CHINCHILLA}"
     facts.add_row("  per parameter", f"{budget.tokens_per_parameter:,.1f}", ratio)
-    facts.add_row("FLOPs", _exponent(budget.flops), f"6 x parameters x tokens: {_exponent(budget.flops_6nd)}")
+    rule = f"6 x {'active ' if experiment.model.moe else ''}parameters x tokens"
+    facts.add_row("FLOPs", _exponent(budget.flops), f"{rule}: {_exponent(budget.flops_6nd)}")
     about = "about " if corpus.estimated else ""
     tokens = "-" if corpus.tokens is None else about + _short(corpus.tokens)
     facts.add_row("corpus tokens", tokens, escape(corpus.source))
