@@ -30,7 +30,7 @@ from core.module import param
 from llm.model.config import ModelConfig
 from llm.model.layers import Linear, product, spread, swiglu, whole
 from llm.model.mlp import MLP, residual_scale
-from llm.model.ragged import Path, ragged_experts
+from llm.model.ragged import ExpertPath, ragged_experts
 from llm.model.slots import Slots, collect, lay_out, queue
 
 STREAM = ("act_batch", "act_stream", None)
@@ -50,7 +50,7 @@ class Routing(NamedTuple):
 class MoE(nnx.Module):
     """Experts of `mlp_dim` with SwiGLU, and the router that chooses among them."""
 
-    def __init__(self, config: ModelConfig, path: Path, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, path: ExpertPath, rngs: nnx.Rngs):
         assert config.moe is not None
         self.options, self.path = config.moe, path
         d, f, e = config.embed_dim, config.mlp_dim, self.options.num_experts

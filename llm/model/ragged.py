@@ -22,10 +22,10 @@ from llm.model.config import MoEConfig
 from llm.model.layers import swiglu
 from llm.model.slots import Slots, collect, inverse, lay_out, queue
 
-Path = Literal["padded", "ragged"]
+ExpertPath = Literal["padded", "ragged"]
 
 
-def check_path(path: Path, platform: str, moe: MoEConfig | None) -> None:
+def check_path(path: ExpertPath, platform: str, moe: MoEConfig | None) -> None:
     """Whether `train.experts` can be carried out on a platform, as `jax.default_backend()` names it.
 
     Raises:

@@ -24,7 +24,7 @@ from llm.model.layers import Linear, Norm, product, spread, stream, whole
 from llm.model.masks import Mask, document_starts
 from llm.model.mlp import MLP, residual_scale
 from llm.model.moe import MoE, Routing
-from llm.model.ragged import Path
+from llm.model.ragged import ExpertPath
 from llm.model.ring import from_zigzag, to_zigzag
 
 REMAT_POLICIES = {
@@ -42,7 +42,7 @@ class Compute:
     attention: Backend = "reference"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
-    experts: Path = "padded"
+    experts: ExpertPath = "padded"
 
 
 class Output(NamedTuple):
