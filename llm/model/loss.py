@@ -89,7 +89,7 @@ def _on_each_device(function, gradients, z_loss, chunk, hidden, kernel, targets,
     of = lambda name: tuple(a for a in divided if a in mesh_axes(name))  # noqa: E731
     axes = Axes(of("vocab"), of("embed"), of("act_batch") + of("act_seq"))
     rows = spec(("act_batch", "act_seq"))
-    sums = (PartitionSpec(), LossSums(PartitionSpec(), PartitionSpec()))
+    sums = PartitionSpec()
     return jax.shard_map(
         functools.partial(function, axes, z_loss, chunk),
         in_specs=(spec(("act_batch", "act_seq", "act_embed")), spec(("act_vocab", "act_embed")), rows, rows),

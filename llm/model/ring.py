@@ -12,7 +12,7 @@ nobody else has to know of it; positions and documents' starts stay those of the
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def ring_attention(
 def _forward(q, k, v, starts, mask):
     places = [spec(axes) for axes in (_QUERIES, _KEYS, _KEYS, _ROWS)]
     out, log_sums = jax.shard_map(
-        functools.partial(_local_forward, mask),
+        lambda *arrays: _local_forward(mask, *arrays),
         in_specs=tuple(places),
         out_specs=(places[0], spec(_SUMS)),
         check_vma=False,  # not differentiated: the backward pass is written below
@@ -104,7 +104,7 @@ def _forward(q, k, v, starts, mask):
 def _backward(mask, residuals, g):
     places = [spec(axes) for axes in (_QUERIES, _KEYS, _KEYS, _ROWS, _QUERIES, _SUMS, _QUERIES)]
     gradients = jax.shard_map(
-        functools.partial(_local_backward, mask),
+        lambda *arrays: _local_backward(mask, *arrays),
         in_specs=tuple(places),
         out_specs=tuple(places[:3]),
         check_vma=False,
@@ -121,9 +121,9 @@ class Rows(NamedTuple):
     q: jax.Array
     starts: jax.Array  # [b, c] where each row's document begins
     first: jax.Array  # place of the first row in the sequence
-    g: jax.Array | None = None  # for the backward pass: the output's gradient [b, g, r, c, K],
-    inner: jax.Array | None = None  # its product with the output [b, g, r, c]
-    log_sum: jax.Array | None = None  # and that of the row's weights [b, g, r, c]
+    g: Any = None  # for the backward pass: the output's gradient [b, g, r, c, K],
+    inner: Any = None  # its product with the output [b, g, r, c]
+    log_sum: Any = None  # and that of the row's weights [b, g, r, c]
 
     def block(self, number: jax.Array, size: int) -> Rows:
         def cut(x, axis):
