@@ -42,6 +42,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_head_dim": None,
     "act_mlp": "tensor",
     "act_vocab": "tensor",
+    "act_experts": "expert",
+    "act_slots": ("data", "fsdp", "context"),  # rows of an expert, wherever their tokens came from
+    "act_slot_stream": ("data", "fsdp", "context", "tensor"),  # the same between products
 }
 
 

@@ -18,6 +18,7 @@ from core.run import RunFolder
 from llm.config import Experiment
 from llm.generate import encode_prompt
 from llm.model.attention import choose_backend
+from llm.model.ragged import check_path
 from llm.model.transformer import Compute, blueprint
 from llm.prepare import Text, prepare
 from llm.tokenizer import Tokenizer
@@ -64,18 +65,27 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
         isolated=experiment.data.isolate,
         context=mesh.shape["context"],
     )
-    model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
+    check_path(options.experts, jax.default_backend(), experiment.model.moe)
+    compute = Compute(options.dtype, backend, options.remat, options.scan_layers, options.experts)
+    model = blueprint(experiment.model, compute)
     device = jax.devices()[0]
     _log.info(
-        "%.1fM parameters on %d x %s; %s products, %s attention",
+        "%.1fM parameters on %d x %s; %s products, %s attention%s",
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
+        f", {options.experts} experts" if experiment.model.moe else "",
     )  # fmt: skip
     return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
 
 
 def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     model, data = experiment.model, experiment.data
-    if mesh.shape["expert"] > 1:
+    if model.moe is not None:
+        own = {
+            "model.moe.num_experts": ("experts", model.moe.num_experts),
+            "model.moe.shared_mlp_dim": ("mlp", model.moe.shared_mlp_dim),
+        }
+        check_divides(mesh, own)
+    elif mesh.shape["expert"] > 1:
         raise UserError(
             f"mesh.expert is {mesh.shape['expert']}, but the model has no experts to divide: use mesh.data"
         )
