@@ -1,13 +1,14 @@
 """A job of several processes: joining it, acting as one, and leaving it together.
 
-Which job a process belongs to stands in its environment: `T2T_COORDINATOR` (host:port of the first process),
-`T2T_PROCESSES` and `T2T_PROCESS`, as `launch.supervise` sets them; in Kubernetes the last is the pod's
-`JOB_COMPLETION_INDEX` (`launch.jobset`); else what `srun` sets for a step of several tasks. Everything here is
-called by every process, in the same order; with one process it costs nothing.
+Which job a process belongs to stands in its environment: `T2T_COORDINATOR` (host:port of the first
+process), `T2T_PROCESSES` and `T2T_PROCESS`, as `launch.supervise` sets them; in Kubernetes the last is the
+pod's `JOB_COMPLETION_INDEX` (`launch.jobset`); else what `srun` sets for a step of several tasks. Everything
+here is called by every process, in the same order; with one process it costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -67,8 +68,8 @@ def _place(address: str, count: str | None, index: str | None, name: str) -> Pla
         raise UserError(f"T2T_COORDINATOR is {address!r}: give host:port of the first process")
     if not (count and count.isdecimal() and index and index.isdecimal() and int(index) < int(count)):
         raise UserError(
-            f"this is process {index} of {count} of the job at {address}: set T2T_PROCESSES to how many there "
-            f"are and {name} to this one's number, counted from 0"
+            f"this is process {index} of {count} of the job at {address}: set T2T_PROCESSES to how many "
+            f"there are and {name} to this one's number, counted from 0"
         )
     return Place(address, int(count), int(index)) if int(count) > 1 else None
 
@@ -254,15 +255,18 @@ def _end(place: Place, code: int, message: str) -> NoReturn:
         message = ""  # another process has told, or there is nobody left to tell
     if message:
         errors.tell(message if place.process == 0 else f"{_name(place)}: {message}")
-    try:  # the first process has what the others read
-        client.wait_at_barrier("t2t/leave", _LEAVE_MILLISECONDS)
-    except Exception:
-        pass
+    _leave_together(code)
+
+
+def _leave_together(code: int) -> NoReturn:
+    """Leave when the others know: the first process holds what they read."""
+    with contextlib.suppress(Exception):
+        _client().wait_at_barrier("t2t/leave", _LEAVE_MILLISECONDS)
     _leave(code)
 
 
 def _end_of_bug(place: Place, error: BaseException) -> NoReturn:
-    """Leave after an exception that nothing caught: the death of a peer, told in a line, or a mistake of ours."""
+    """Leave after an exception that nothing caught: a peer's death, told in a line, or a mistake of ours."""
     if not _is_of_peer(error):
         traceback.print_exception(error)
         _leave(1)
@@ -288,11 +292,7 @@ def _end_with_others() -> None:
             if "NOT_FOUND" not in str(error):
                 return  # this process, or the job, is at its end
         time.sleep(0.5)
-    try:
-        client.wait_at_barrier("t2t/leave", _LEAVE_MILLISECONDS)
-    except Exception:
-        pass
-    _leave(int(code))
+    _leave_together(int(code))
 
 
 def _end_with_supervisor() -> None:

@@ -32,7 +32,7 @@ class MetricsWriter:
         self._files: tuple[IO[bytes], _Events] | None = None
         if is_first():
             self._last = max((record["step"] for _, record in _lines(run.metrics)), default=-1)
-            self._files = open(run.metrics, "ab"), _Events(run.tensorboard, start_step)
+            self._files = open(run.metrics, "ab"), _Events(run.tensorboard, start_step)  # noqa: SIM115
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,7 +26,7 @@ from llm.generate import sample_texts
 from llm.meter import Meter
 from llm.prepare import token_bytes
 from llm.report import append_samples, finish
-from llm.rewind import Rewind, Span, append_rewind, batch_of, merged, plan, read_rewinds
+from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds, rewind_of
 from llm.setup import Setup, set_up
 from llm.start import first_state, state_at
 from llm.step import State, jit_train_step, local_rows, put_batch, split
@@ -153,7 +153,7 @@ def _monitor(setup: Setup) -> Monitor:
 def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
     """The state to go on from after `alarm`; what was skipped and why is in the run's record."""
     checkpointer.wait()
-    rewind = Rewind(*on_first(lambda: _plan(setup, alarm, checkpointer)))
+    rewind = rewind_of(on_first(lambda: _plan(setup, alarm, checkpointer)))
     # In this order: whatever a kill comes between, a resumed run goes on before the bad batches.
     checkpointer.discard_after(rewind.restored)
     on_first(lambda: append_rewind(setup.run.rewinds, rewind))
@@ -165,13 +165,13 @@ def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
     return state_at(setup, checkpointer, rewind.restored)
 
 
-def _plan(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> Rewind:
+def _plan(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> dict[str, Any]:
     """Where to go back to, and what is lost by it."""
     run = setup.run
     before = read_rewinds(run.rewinds)
     rewind = plan(alarm, before, checkpointer.intact_steps(), setup.experiment.divergence)
     lost = [line["loss"] for line in read_metrics(run.metrics) if line["step"] > rewind.restored]
-    return rewind._replace(lost_loss=[plain(loss) for loss in lost])
+    return rewind._replace(lost_loss=[plain(loss) for loss in lost])._asdict()
 
 
 def _batches(setup: Setup, start: int, skipped: Sequence[Span]) -> Iterator[Batch]:
