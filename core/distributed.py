@@ -28,7 +28,7 @@ from core.errors import UserError
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-LOST_PEER = 75  # exit code of a process that ends because another one did
+LOST_PEER = 75  # exit code of a process that ends because another one does
 # A process counts as dead after HEARTBEAT_SECONDS without a sign of life; JAX's default is 100.
 HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 300  # for all to come: nodes start apart

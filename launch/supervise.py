@@ -115,11 +115,10 @@ def supervise(
         lost = {child.seat for child in dead}
         seats, mesh = refit(experiment, [seat for seat in seats if seat not in lost], devices)
         reached, resume = step, True
-        changed = ", ".join(f"{k} {v}" for k, v in mesh.sizes(len(seats) * devices).items() if v != 1)
+        sizes = mesh.sizes(len(seats) * devices).items()
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes if size != 1) or "of one device"
         where = "the start" if step is None else f"step {step}"
-        _say(
-            f"going on from {where} with {len(seats)} of them: {len(seats) * devices} devices, mesh {changed or 1}"
-        )
+        _say(f"going on from {where} with {len(seats)} process(es) of {devices} devices: mesh {shape}")
 
 
 def refit(experiment: Experiment, seats: list[Seat], devices: int) -> tuple[list[Seat], MeshConfig]:
@@ -242,6 +241,7 @@ def _watch(children: list[Child], stop: Stop) -> list[Child]:
         time.sleep(0.05)
     time.sleep(_SETTLE_SECONDS)
     dead = [child for child in children if child.popen.poll()]
+    stopped = [child for child in children if child.popen.poll() == 0]  # told to, alone
     for child in children:
         child.popen.stdin.close()  # type: ignore[union-attr]
     stop_waiting = time.monotonic() + _END_SECONDS
@@ -254,11 +254,13 @@ def _watch(children: list[Child], stop: Stop) -> list[Child]:
         for reader in child.readers:
             reader.join(1.0)
     causes = [child for child in dead if child.popen.returncode not in _CONSEQUENCES]
-    return causes or dead[:1]
+    return causes or stopped or dead[:1]
 
 
 def _obituary(child: Child) -> str:
     code = child.popen.returncode
+    if code == 0:
+        return f"{child.seat.name} was told to stop"
     number = -code if code < 0 else code - 128
     if number in {int(s) for s in signal.Signals}:
         how = f"was killed by {signal.Signals(number).name}"

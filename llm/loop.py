@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 
 from core.checkpoint import Checkpointer
 from core.config import to_dict
-from core.distributed import AnyProcess, on_first
+from core.distributed import LOST_PEER, AnyProcess, on_first
 from core.divergence import Alarm, Monitor
 from core.errors import UserError
 from core.log import progress
@@ -68,8 +69,10 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
             state, outcome = _run_steps(setup, programs, state, checkpointer, stopping, profile)
     done = int(state.step)
     if done < steps:
-        reason = stop.signal or "another process was told to stop"
+        reason = stop.signal or "another process is told to stop"
         _log.info("%s: saved step %d in %s; go on with --resume", reason, done, run.path)
+        if stop.signal is None:
+            sys.exit(LOST_PEER)  # so that a supervisor knows that this one could go on
     else:
         on_first(lambda: finish(run, experiment, setup.text, setup.model.count, outcome))
 
