@@ -1,7 +1,8 @@
-"""Two real processes train as one does: the same batches, losses and checkpoints; they stop and fail together."""
+"""Two real processes train as one does: the same batches, losses, checkpoints; they stop and fail together."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import textwrap
 import time
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from processes import end_job, start_job
 from tiny import copy_corpus, experiment, same_batch
@@ -58,26 +60,15 @@ def losses(run: Path) -> list[float]:
 
 
 def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
-    """The parameters and the optimizer state of a checkpoint, on one device."""
-    checkpointer = Checkpointer(run / "checkpoints")
-    found = {}
+    """The parameters and the optimizer state of a checkpoint."""
+    handler, found = ocp.PyTreeCheckpointHandler(), {}
     for item in ("params", "opt"):
-        import orbax.checkpoint as ocp
-
-        handler = ocp.PyTreeCheckpointHandler()
-        folder = checkpointer.folder / str(step) / item
-        restored = handler.restore(
-            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy(handler, folder))
-        )
+        folder = run / "checkpoints" / str(step) / item
+        where = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), handler.metadata(folder).tree)
+        restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=where))
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
-            found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+            found[item + jax.tree_util.keystr(path)] = leaf
     return found
-
-
-def as_numpy(handler, folder: Path):
-    import orbax.checkpoint as ocp
-
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
 
 
 BATCHES = """
@@ -144,9 +135,8 @@ def test_two_processes_train_as_one(place):
             np.testing.assert_allclose(
                 b.get(name, 0), a.get(name, 0), rtol=1e-5, err_msg=f"{a['step']} {name}"
             )
-    assert {p.name for p in (place.runs / "one").iterdir()} == {
-        p.name for p in (place.runs / "two").iterdir()
-    }
+    files = [{path.name for path in (place.runs / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1]
     samples = [(place.runs / name / "samples.md").read_text() for name in ("one", "two")]
     assert samples[0] == samples[1]
 
@@ -172,9 +162,15 @@ COPY = """
 """
 
 
+def copy_of_one(place: Place, name: str) -> Path:
+    """A run of one process that stands at step 12; this one holds the lock on "one"."""
+    shutil.copytree(place.runs / "one", place.runs / name)
+    return place.config(name)
+
+
 def test_a_checkpoint_of_one_process_passes_through_two_bitwise(place, tmp_path):
     code = textwrap.dedent(COPY)
-    config = place.config("one")  # its run stands at step 12
+    config = copy_of_one(place, "copied")
     codes, said = end_job(start_job(["-c", code, str(config), str(tmp_path / "checkpoints")], place.cache))
     assert codes == [0, 0], said
     before, after = arrays(place.runs / "one", 12), arrays(tmp_path, 12)
@@ -202,7 +198,8 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(place):
 
 
 def test_a_user_error_ends_all_with_one_message(place):
-    codes, said = end_job(start_job(["-m", "llm.train", "--config", str(place.config("one"))], place.cache))
-    assert codes == [2, 2]
+    config = copy_of_one(place, "again")
+    codes, said = end_job(start_job(["-m", "llm.train", "--config", str(config)], place.cache))
+    assert codes == [2, 2], said
     assert sum(text.count("already holds a run: go on with it (--resume)") for text in said) == 1
     assert "Traceback" not in "".join(said)
