@@ -29,8 +29,8 @@ def errors(document: dict) -> list[str]:
 def test_the_command_prints_what_the_schema_allows():
     config = "configs/llm/llama3-70b.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "launch.jobset", "--config", config, "--nodes", "64", "--gpus-per-node", "8"]
-        + ["--image", "registry.example/t2t:1", "--set", "run.name=Llama 3_70B"],
+        [sys.executable, "-m", "launch.jobset", "--config", config, "--nodes", "64", "--gpus-per-node", "8",
+         "--image", "registry.example/t2t:1", "--set", "run.name=Llama 3_70B"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     settings, jobset = yaml.safe_load_all(done.stdout)

@@ -1,4 +1,4 @@
-"""The batch script: options that sbatch has, a shell that reads it, and the job it runs, on hosts played here."""
+"""The batch script: options that sbatch has, a shell that reads it, and its job, on hosts played here."""
 
 from __future__ import annotations
 
@@ -22,24 +22,34 @@ from core.errors import UserError
 from core.metrics import read_metrics
 from launch.slurm import render
 
-# Of sbatch's manual page (Slurm 23.11): those with a value, and flags.
-VALUED = (
-    "account array chdir constraint cpus-per-gpu cpus-per-task dependency error exclude gpus gpus-per-node "
-    "gpus-per-task gres input job-name mem mem-per-cpu mem-per-gpu nodelist nodes ntasks ntasks-per-node "
-    "output partition qos reservation signal time"
-).split()
-FLAGS = "exclusive no-kill no-requeue overcommit requeue spread-job wait".split()
+# Of sbatch's manual page: those of its options that take a value and could stand here, and flags.
+VALUED = {
+    *(
+        "account",
+        "constraint",
+        "error",
+        "gpus",
+        "gpus-per-node",
+        "gres",
+        "job-name",
+        "mem",
+        "nodes",
+        "ntasks",
+    ),
+    *("ntasks-per-node", "output", "partition", "qos", "signal", "time"),
+}
+FLAGS = {"exclusive", "no-kill", "no-requeue", "requeue", "wait"}
 
 
 def test_the_script_is_what_sbatch_and_bash_read(tmp_path):
-    settings = experiment(tmp_path, tmp_path, "a run's $(name)", mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    settings = experiment(tmp_path, tmp_path, "a run's $(name)", mesh={"data": 4, "fsdp": 2})
     overrides = ["run.name=a run's $(name)", "eval.prompts=['\"x\" `y`']"]
     script = render(settings, "dir with space/c.yaml", overrides, 2, 4, "1-00:00:00")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if "#SBATCH" in line)
-    assert set(options) <= {*VALUED, *FLAGS}
+    assert set(options) <= VALUED | FLAGS
     assert all((name in FLAGS) == (value == "") for name, value in options.items())
     assert re.fullmatch(r"[\w.-]+", options["job-name"])
     assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("2", "1", "4")

@@ -1,4 +1,4 @@
-"""Two real processes train as one does: the same batches, losses, checkpoints; they stop and fail together."""
+"""Two real processes train as one does: batches, losses and checkpoints; they stop and fail together."""
 
 from __future__ import annotations
 
