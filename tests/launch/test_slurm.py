@@ -36,7 +36,7 @@ VALUED = {
         "nodes",
         "ntasks",
     ),
-    *("ntasks-per-node", "output", "partition", "qos", "signal", "time"),
+    *("ntasks", "ntasks-per-node", "output", "partition", "qos", "signal", "time"),
 }
 FLAGS = {"exclusive", "no-kill", "no-requeue", "requeue", "wait"}
 
