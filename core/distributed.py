@@ -37,6 +37,7 @@ _TURN_MILLISECONDS = 24 * 3600 * 1000  # for what one process does while the oth
 _LEAVE_MILLISECONDS = 5000
 
 _turns = itertools.count()
+_leaving = threading.Lock()  # held by the thread that ends this process
 
 
 class Place(NamedTuple):
@@ -80,9 +81,9 @@ def first_host(nodes: str) -> str:
     return prefix + (first or "")
 
 
-def port(job: str) -> int:
-    """A port for a job of that number, apart from its neighbours' and above those given out to clients."""
-    return 61440 + int(re.sub(r"\D", "", job) or 0) % 4096
+def port(job: str, attempt: int = 0) -> int:
+    """A port for the job of that number, above those given out to clients; another one for each attempt."""
+    return 61440 + (int(re.sub(r"\D", "", job) or 0) + attempt) % 4096
 
 
 def join(environment: Mapping[str, str] = os.environ) -> None:
@@ -260,6 +261,8 @@ def _end(place: Place, code: int, message: str) -> NoReturn:
 
 def _leave_together(code: int) -> NoReturn:
     """Leave when the others know: the first process holds what they read."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(_LEAVE_MILLISECONDS)  # another thread is at it
     with contextlib.suppress(Exception):
         _client().wait_at_barrier("t2t/leave", _LEAVE_MILLISECONDS)
     _leave(code)

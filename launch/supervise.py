@@ -9,7 +9,9 @@ the data. A user's error (exit code 2) or too many deaths without a checkpoint b
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,6 +75,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     experiment = load(Experiment, args.config, args.overrides)
     if args.hosts:
+        if shutil.which("srun") is None:
+            raise UserError(
+                "--hosts needs Slurm's srun, which is not here: run this in a job, or give --processes"
+            )
         seats = [Seat(host, i) for i, host in enumerate(args.hosts.split(","))]
     else:
         seats = [Seat(None, i) for i in range(args.processes)]
@@ -94,11 +100,11 @@ def supervise(
     """
     require_fit(experiment, experiment.mesh, len(seats) * devices)
     mesh, deaths, reached = experiment.mesh, 0, _newest_checkpoint(experiment)
-    while True:
+    for attempt in itertools.count():
         arguments = ["--resume"] * resume
         for axis, size in mesh.sizes(len(seats) * devices).items():
             arguments += ["--set", f"mesh.{axis}={size}"]
-        children = _start([*command, *arguments], seats, devices, deaths)
+        children = _start([*command, *arguments], seats, devices, attempt)
         dead = _watch(children, stop)
         codes = [child.popen.returncode for child in children]
         if not dead:
@@ -109,7 +115,7 @@ def supervise(
             _say(_obituary(child))
         step = _newest_checkpoint(experiment)
         deaths = 1 if step != reached else deaths + 1
-        if deaths > DEATHS:
+        if deaths >= DEATHS:
             _say(f"{deaths} deaths without a new checkpoint: giving up")
             return 1
         lost = {child.seat for child in dead}
@@ -165,14 +171,14 @@ def require_fit(experiment: Experiment, mesh: MeshConfig, devices: int) -> None:
     check_mesh(experiment, AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
 
-def _start(command: Sequence[str], seats: Sequence[Seat], devices: int, deaths: int) -> list[Child]:
+def _start(command: Sequence[str], seats: Sequence[Seat], devices: int, attempt: int) -> list[Child]:
     """One process a seat; its input is a pipe, whose end makes it end."""
     if seats[0].host is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
     else:  # another port than the job before had, which may not be free yet
-        address = f"{seats[0].host}:{port(os.environ.get('SLURM_JOB_ID', '0')) + deaths}"
+        address = f"{seats[0].host}:{port(os.environ.get('SLURM_JOB_ID', '0'), attempt)}"
     children = []
     for process, seat in enumerate(seats):
         job = {"T2T_COORDINATOR": address, "T2T_PROCESSES": str(len(seats)), "T2T_PROCESS": str(process)}
