@@ -67,18 +67,14 @@ def main(argv: list[str]) -> None:
     add_arguments(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--processes", type=int, metavar="N", help="how many, on this machine")
-    where.add_argument(
-        "--hosts", metavar="A,B,...", help="one each on these hosts of the Slurm job this runs in"
-    )
+    where.add_argument("--hosts", metavar="A,B,...", help="one each on hosts of this Slurm job")
     parser.add_argument("--devices", type=int, required=True, metavar="D", help="devices of each process")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     args = parser.parse_args(argv)
     experiment = load(Experiment, args.config, args.overrides)
     if args.hosts:
         if shutil.which("srun") is None:
-            raise UserError(
-                "--hosts needs Slurm's srun, which is not here: run this in a job, or give --processes"
-            )
+            raise UserError("--hosts needs Slurm, and there is no srun here: run this in a job")
         seats = [Seat(host, i) for i, host in enumerate(args.hosts.split(","))]
     else:
         seats = [Seat(None, i) for i in range(args.processes)]
@@ -99,7 +95,7 @@ def supervise(
         UserError: when the mesh doesn't fit the devices, at first or after a death.
     """
     require_fit(experiment, experiment.mesh, len(seats) * devices)
-    mesh, deaths, reached = experiment.mesh, 0, _newest_checkpoint(experiment)
+    mesh, left, deaths, reached = experiment.mesh, seats, 0, _newest_checkpoint(experiment)
     for attempt in itertools.count():
         arguments = ["--resume"] * resume
         for axis, size in mesh.sizes(len(seats) * devices).items():
@@ -119,12 +115,14 @@ def supervise(
             _say(f"{deaths} deaths without a new checkpoint: giving up")
             return 1
         lost = {child.seat for child in dead}
-        seats, mesh = refit(experiment, [seat for seat in seats if seat not in lost], devices)
+        left = [seat for seat in left if seat not in lost]
+        seats, mesh = refit(experiment, left, devices)
         reached, resume = step, True
         sizes = mesh.sizes(len(seats) * devices).items()
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes if size != 1) or "of one device"
         where = "the start" if step is None else f"step {step}"
-        _say(f"going on from {where} with {len(seats)} process(es) of {devices} devices: mesh {shape}")
+        spare = f"; {len(left) - len(seats)} more are left, but fit no mesh" if left != seats else ""
+        _say(f"going on from {where} with {len(seats)} process(es) of {devices} devices: mesh {shape}{spare}")
 
 
 def refit(experiment: Experiment, seats: list[Seat], devices: int) -> tuple[list[Seat], MeshConfig]:
