@@ -64,19 +64,19 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
         ValueError: if two dimensions fall on one mesh axis.
     """
     entries = [RULES[axis] if axis is not None else None for axis in axes]
-    used = [name for axis in axes if axis is not None for name in _mesh_axes(axis)]
+    used = [name for axis in axes if axis is not None for name in mesh_axes(axis)]
     if len(used) != len(set(used)):
         raise ValueError(f"the logical axes {tuple(axes)} collide on one mesh axis: {entries}")
     return PartitionSpec(*entries)
 
 
-def _mesh_axes(axis: str) -> tuple[str, ...]:
+def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis is divided over."""
     entry = RULES[axis] or ()
     return (entry,) if isinstance(entry, str) else entry
 
 
-def shardings(mesh: Mesh, axes: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, axes: Any) -> Any:
     """Turn a pytree of tuples of logical names into a pytree of `NamedSharding`."""
     return jax.tree.map(
         lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple)
@@ -97,7 +97,7 @@ def num_shards(axis: str) -> int:
 
 def mesh_parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many pieces a logical axis is divided into on `mesh`."""
-    return math.prod(mesh.shape.get(name, 1) for name in _mesh_axes(axis))
+    return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(axis))
 
 
 def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
@@ -107,7 +107,7 @@ def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]
         UserError: naming the key, its size and the mesh axes.
     """
     for key, (axis, size) in sizes.items():
-        names = _mesh_axes(axis)
+        names = mesh_axes(axis)
         parts = mesh_parts(mesh, axis)
         if size % parts:
             where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)

@@ -63,7 +63,7 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
         dtype=options.dtype,
         length=experiment.data.sequence_length,
         isolated=experiment.data.isolate,
-        divided=mesh.shape["context"] > 1,
+        context=mesh.shape["context"],
     )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]
@@ -79,7 +79,11 @@ def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
-    """Raise a `UserError` that names what does not divide over the mesh."""
+    """Check that the model and its microbatches divide over the mesh.
+
+    Raises:
+        UserError: naming the key that doesn't, and the mesh axes.
+    """
     model, data = experiment.model, experiment.data
     if mesh.shape["expert"] > 1:
         raise UserError(
