@@ -9,7 +9,6 @@ the data. A user's error (exit code 2) or too many deaths without a checkpoint b
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import signal
@@ -96,7 +95,8 @@ def supervise(
     """
     require_fit(experiment, experiment.mesh, len(seats) * devices)
     mesh, left, deaths, reached = experiment.mesh, seats, 0, _newest_checkpoint(experiment)
-    for attempt in itertools.count():
+    attempt = 0
+    while True:
         arguments = ["--resume"] * resume
         for axis, size in mesh.sizes(len(seats) * devices).items():
             arguments += ["--set", f"mesh.{axis}={size}"]
@@ -117,7 +117,7 @@ def supervise(
         lost = {child.seat for child in dead}
         left = [seat for seat in left if seat not in lost]
         seats, mesh = refit(experiment, left, devices)
-        reached, resume = step, True
+        reached, resume, attempt = step, True, attempt + 1
         sizes = mesh.sizes(len(seats) * devices).items()
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes if size != 1) or "of one device"
         where = "the start" if step is None else f"step {step}"

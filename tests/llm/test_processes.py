@@ -179,6 +179,7 @@ def test_a_checkpoint_of_one_process_passes_through_two_bitwise(place, tmp_path)
         assert value.dtype == after[name].dtype and np.array_equal(value, after[name]), name
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(place):
     config = place.config("stopped")
     job = start_job(["-m", "llm.train", "--config", str(config)], place.cache)
