@@ -103,14 +103,24 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     if place.process:
         log.only_warnings(_name(place))
     _connect(place)
-    client = _client()
-    client.key_value_set(f"t2t/host/{place.process}", socket.gethostname())
-    if place.process == 0:
-        hosts = [client.blocking_key_value_get(f"t2t/host/{i}", 60_000) for i in range(place.processes)]
-        _log.info("%d processes: %s", len(hosts), ", ".join(f"{i} on {host}" for i, host in enumerate(hosts)))
-    threading.Thread(target=_end_with_others, daemon=True).start()
     errors.end = lambda code, message: _end(place, code, message)
     sys.excepthook = lambda kind, error, trace: _end_of_bug(place, error)
+    threading.Thread(target=_end_with_others, daemon=True).start()
+    _agree(place)
+
+
+def _agree(place: Place) -> None:
+    """Check that all mean the same job, and say who is in it."""
+    client = _client()
+    client.key_value_set(f"t2t/host/{place.process}", socket.gethostname())
+    count = on_first(lambda: place.processes)
+    if count != place.processes:
+        raise UserError(
+            f"T2T_PROCESSES is {place.processes} here and {count} in process 0: give all the same number"
+        )
+    if is_first():
+        hosts = [client.blocking_key_value_get(f"t2t/host/{i}", 60_000) for i in range(count)]
+        _log.info("%d processes: %s", count, ", ".join(f"{i} on {host}" for i, host in enumerate(hosts)))
 
 
 def _connect(place: Place) -> None:

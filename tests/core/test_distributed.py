@@ -1,4 +1,4 @@
-"""Joining a job: what can't work is told with what to do. Jobs of real processes: tests/llm/test_processes.py."""
+"""Joining a job: what can't work is told. Jobs of real processes: tests/llm/test_processes.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from core.errors import UserError
 
 def test_a_first_process_that_never_comes_is_told(monkeypatch):
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
-    with pytest.raises(
-        UserError, match=r"no process 0 at 127\.0\.0\.1:1 within 0\.5 s \(Connection refused\)"
-    ):
+    with pytest.raises(UserError, match=r"no process 0 at 127\.0\.0\.1:1 .*\(Connection refused\)"):
         distributed._connect(Place("127.0.0.1:1", 2, 1))
 
 
