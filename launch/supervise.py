@@ -105,8 +105,10 @@ def supervise(
         codes = [child.popen.returncode for child in children]
         if not dead:
             return 0
-        if stop.signal is not None or any(child.popen.returncode == USER_ERROR for child in dead):
-            return USER_ERROR if USER_ERROR in codes else 1
+        if USER_ERROR in codes:
+            return USER_ERROR
+        if stop.signal is not None:
+            return 0 if set(codes) <= {0, LOST_PEER} else 1
         for child in dead:
             _say(_obituary(child))
         step = _newest_checkpoint(experiment)
