@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 15.0
+_quiet = False
 
 
 def setup(*packages: str) -> None:
@@ -28,6 +29,16 @@ def setup(*packages: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("core", *packages):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def only_warnings(name: str) -> None:
+    """Show warnings alone from here on, each after `name`: of many processes with one task, one speaks."""
+    global _quiet
+    _quiet = True
+    root = logging.getLogger()
+    for handler in root.handlers:
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_LevelFormatter(f"{name}: %(message)s"))
 
 
 class _LevelFormatter(logging.Formatter):
@@ -46,6 +57,9 @@ def progress(
         total: None where it is not known.
         show: how an amount is written, for example `in_bytes`.
     """
+    if _quiet:
+        yield lambda done, status="": None
+        return
     of_total = "" if total is None else f"/{show(total)}"
     if console.is_terminal:
         columns = ("{task.description}", BarColumn(), "{task.fields[status]}", TimeRemainingColumn())

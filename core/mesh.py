@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core.errors import UserError
 from core.options import MeshConfig
@@ -55,17 +55,7 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         UserError: if the axes' product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(options, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    if rest and len(devices) % fixed == 0:
-        sizes[rest[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
-        raise UserError(
-            f"the mesh {asked or 'of one device'} does not match the {len(devices)} {devices[0].platform} "
-            "device(s) here: the product of its axes must be the number of devices (-1 takes the rest)"
-        )
+    sizes = options.sizes(len(devices), devices[0].platform)
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -89,7 +79,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def shardings(mesh: Mesh, axes: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, axes: Any) -> Any:
     """Turn a pytree of tuples of logical names into a pytree of `NamedSharding`."""
     return jax.tree.map(
         lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple)
@@ -105,11 +95,15 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def num_shards(axis: str) -> int:
     """How many pieces a logical axis is divided into under `jax.set_mesh`; without a mesh, one."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in mesh_axes(axis))
+    return mesh_parts(jax.sharding.get_abstract_mesh(), axis)
 
 
-def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+def mesh_parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """How many pieces a logical axis is divided into on `mesh`."""
+    return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(axis))
+
+
+def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """Check that named sizes divide over the mesh, `sizes` being {key: (logical axis, size)}.
 
     Raises:
@@ -117,7 +111,7 @@ def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """
     for key, (axis, size) in sizes.items():
         names = mesh_axes(axis)
-        parts = math.prod(mesh.shape[name] for name in names)
+        parts = mesh_parts(mesh, axis)
         if size % parts:
             where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
             raise UserError(f"{key} ({size}) does not divide over {where}: choose one that does")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from core.config import to_yaml
+from core.distributed import first_before_others, on_first
 from core.errors import UserError
 from core.mesh import check_divides, make_mesh
 from core.module import Blueprint
@@ -44,12 +45,13 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
         UserError: for anything in the configuration, the data or the run folder that the user can mend.
     """
     mesh = make_mesh(experiment.mesh)
-    _check_mesh(experiment, mesh)
+    check_mesh(experiment, mesh)
     if not RunFolder(experiment.run.folder).has_checkpoint:
         _check_initial(experiment.init.source)  # before a folder of this run's stands where it is missing
     model, optimizer = _model(experiment, mesh)
-    run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
-    text = prepare(experiment)
+    run = RunFolder(experiment.run.folder)
+    on_first(lambda: _create(run, experiment, resume))
+    text = first_before_others(lambda: prepare(experiment))
     _check_prompts(experiment, text.tokenizer)
     return Setup(experiment, run, mesh, model, optimizer, text)
 
@@ -77,7 +79,16 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
     return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
 
 
-def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:
+    RunFolder.create(run.path, to_yaml(experiment), resume)
+
+
+def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Check that the model and its microbatches divide over the mesh.
+
+    Raises:
+        UserError: naming the key that doesn't, and the mesh axes.
+    """
     model, data = experiment.model, experiment.data
     if model.moe is not None:
         own = {

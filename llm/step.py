@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from core.loss_scale import LossScale, where_finite
-from core.mesh import shard, shardings
+from core.mesh import mesh_parts, shard, shardings
 from core.module import Blueprint, Params
 from core.optim import Optimizer, clip
 from core.optim import state_shardings as optimizer_shardings
@@ -109,9 +109,25 @@ def local_rows(mesh: Mesh, shape: tuple[int, int]) -> slice:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows of a batch (NumPy) as global arrays on the mesh."""
+    """This process's rows of a batch (NumPy), as `local_rows` names them, as global arrays on the mesh.
+
+    The rows are whole; a device takes its own columns of them.
+    """
     sharding = shardings(mesh, BATCH_AXES)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    parts = mesh_parts(mesh, BATCH_AXES[0])
+    mine = local_rows(mesh, (parts, mesh_parts(mesh, BATCH_AXES[1])))  # in units of a device's rows
+
+    def put(rows):
+        size = len(rows) // (mine.stop - mine.start)
+        total, before = parts * size, mine.start * size
+
+        def piece(index):
+            start, stop, _ = index[0].indices(total)
+            return rows[start - before : stop - before, index[1]]
+
+        return jax.make_array_from_callback((total, rows.shape[1]), sharding, piece)
+
+    return jax.tree.map(put, batch)
 
 
 def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer):

@@ -385,13 +385,6 @@ def test_seeds_that_jax_would_cut_are_refused(tmp_path):
             parse(Experiment, data | {"seed": seed})
 
 
-def test_several_processes_are_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(UserError, match="several processes is not supported"):
-        train(experiment(corpus, tmp_path))
-    assert not (tmp_path / "run").exists()
-
-
 def test_samples_and_a_profile(corpus, tmp_path, monkeypatch, capsys):
     dtypes = []
 
