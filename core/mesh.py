@@ -30,12 +30,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "experts": "expert",
     "norm": None,
     # activations
-    "act_batch": ("data", "fsdp", "expert"),  # along `expert` too, where tokens go to their experts and back
+    "act_batch": ("data", "fsdp", "expert"),
     "act_seq": "context",
-    "act_stream": (
-        "context",
-        "tensor",
-    ),  # the sequence where heads, mlp and vocab are whole: between products
+    "act_stream": ("context", "tensor"),  # the sequence between products, where no heads or mlp are divided
     "act_embed": None,
     "act_heads": "tensor",
     "act_kv_heads": "tensor",
