@@ -74,13 +74,13 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
         ValueError: if two dimensions fall on one mesh axis.
     """
     entries = [RULES[axis] if axis is not None else None for axis in axes]
-    used = [name for axis in axes if axis is not None for name in _mesh_axes(axis)]
+    used = [name for axis in axes if axis is not None for name in mesh_axes(axis)]
     if len(used) != len(set(used)):
         raise ValueError(f"the logical axes {tuple(axes)} collide on one mesh axis: {entries}")
     return PartitionSpec(*entries)
 
 
-def _mesh_axes(axis: str) -> tuple[str, ...]:
+def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis is divided over."""
     entry = RULES[axis] or ()
     return (entry,) if isinstance(entry, str) else entry
@@ -103,7 +103,7 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def num_shards(axis: str) -> int:
     """How many pieces a logical axis is divided into under `jax.set_mesh`; without a mesh, one."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in _mesh_axes(axis))
+    return math.prod(sizes.get(name, 1) for name in mesh_axes(axis))
 
 
 def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
@@ -113,7 +113,7 @@ def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
         UserError: naming the key, its size and the mesh axes.
     """
     for key, (axis, size) in sizes.items():
-        names = _mesh_axes(axis)
+        names = mesh_axes(axis)
         parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
             where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)

@@ -196,12 +196,13 @@ class Transformer(nnx.Module):
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
         x = shard(table[tokens], "act_batch", "act_seq", "act_embed")
-        x = spread(x.astype(self.compute.dtype))
+        # Constrained once more as it is cast, so that its gradient is gathered in that dtype.
+        x = spread(shard(x.astype(self.compute.dtype), "act_batch", "act_seq", "act_embed"))
         if cache is None:
             x, aux = self._scan_blocks(x, view, capture)
-            return Output(self.norm(x), None, aux)
+            return Output(whole(self.norm(x)), None, aux)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
-        return Output(self.norm(x), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
+        return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 
     def _scan_blocks(self, x, view: View, capture: bool):
         graph, stacked = nnx.split(self.blocks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from core.mesh import make_mesh, shardings
 from core.options import MeshConfig
 from llm.model.loss import cross_entropy
 
-BATCH, LENGTH, EMBED, VOCAB = 3, 30, 20, 53
+BATCH, LENGTH, EMBED, VOCAB = 3, 30, 20, 54
 CHUNKS = [1, 7, 10, 30, 512]  # 7 doesn't divide 30: the last chunk is padded
 
 
@@ -147,22 +146,31 @@ def test_three_products_and_never_all_logits(dtype):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kernel", "gathered"),
+    ("sizes", "expected"),
     [
-        ({"data": 8}, (20, 56), []),
-        ({"data": 1, "fsdp": 8}, (24, 56), [(56, 24)]),
-        ({"data": 1, "fsdp": 4, "tensor": 2}, (20, 28), [(28, 20)]),
+        ({"data": 8}, [("all-reduce", (24, 56))]),
+        ({"data": 1, "fsdp": 8}, [("all-gather", (56, 24)), ("reduce-scatter", (3, 56))]),
+        (
+            {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+            [
+                ("all-gather", (8, 32, 24)),  # hidden states, and the sums of their gradients
+                ("all-gather", (28, 24)),
+                ("all-reduce", (12, 28)),  # over context
+                ("reduce-scatter", (8, 16, 24)),
+                ("reduce-scatter", (12, 28)),
+            ],
+        ),
     ],
     ids=str,
 )
-def test_the_kernel_and_its_gradient_travel_once_not_for_each_chunk(sizes, kernel, gathered):
-    """Within the loop over chunks, only what a product over a divided vocabulary has to add up."""
-    embed, vocab = kernel[0], 56
+def test_the_kernel_and_the_gradients_travel_once_not_for_each_chunk(sizes, expected):
+    """Within the loop over chunks, only what a softmax over a divided vocabulary has to add up."""
+    embed, vocab = 24, 56
     mesh = make_mesh(MeshConfig(**sizes))
     batch = [((16, 64, embed), jnp.float32), ((vocab, embed), jnp.float32)]
     batch += [((16, 64), jnp.int32), ((16, 64), jnp.float32)]
     rows = ("act_batch", "act_seq")
-    axes = [(*rows, None), ("vocab", "embed"), rows, rows]
+    axes = [("act_batch", "act_stream", None), ("vocab", "embed"), rows, rows]
     places = tuple(shardings(mesh, axes))
     gradient = jax.grad(lambda *batch: cross_entropy(*batch, z_loss=0.1, chunk=8)[0], (0, 1))
     with jax.set_mesh(mesh):
@@ -170,26 +178,27 @@ def test_the_kernel_and_its_gradient_travel_once_not_for_each_chunk(sizes, kerne
         lowered = jitted.lower(*(jax.ShapeDtypeStruct(*one) for one in batch))
     found = collectives(partitioned(lowered))
     outside = [(kind, shape) for kind, shape, inside in found if not inside and len(shape) > 1]
-    assert sorted(outside) == [*(("all-gather", shape) for shape in gathered), ("all-reduce", kernel)]
-    inside = [(kind, math.prod(shape)) for kind, shape, inside in found if inside]
-    if "tensor" in sizes:
-        tokens = 4 * 8  # of a chunk on one device
-        assert {kind for kind, _ in inside} == {"all-reduce"}
-        assert sum(size for _, size in inside) == tokens * (embed + 2)  # d_hidden, maximum, sum
-    else:
-        assert not inside
+    assert sorted(outside) == expected
+    tokens = (8, 8)  # of a chunk on one device: their maxima and sums
+    inside = [("all-reduce", tokens)] * 2 if "tensor" in sizes else []
+    assert [(kind, shape) for kind, shape, inside in found if inside] == inside
 
 
 @pytest.mark.parametrize(
-    ("batch", "sizes"), [(8, {"data": 2, "fsdp": 2, "tensor": 2}), (12, {"data": 8})], ids=str
+    "sizes",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+        {"data": 1, "tensor": 8},
+    ],
+    ids=str,
 )
-def test_sharded_equals_unsharded(batch, sizes):
-    """Also where the batch doesn't divide over the mesh."""
-    arrays = [
-        jnp.tile(x, (batch, *[1] * (x.ndim - 1)))[:batch] if i != 1 else x for i, x in enumerate(make())
-    ]
-    expected = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*arrays)
+def test_sharded_equals_unsharded(sizes):
+    hidden, kernel, targets, weights = make()
+    rows = lambda x: jnp.tile(x, (8, *[1] * (x.ndim - 1)))[:8, :24]  # noqa: E731
+    batch = rows(hidden), jnp.concatenate([kernel, kernel[:2]]), rows(targets), rows(weights)
+    expected = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*batch)
     with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
-        got = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*arrays)
+        got = with_gradients(cross_entropy, z_loss=0.1, chunk=7)(*batch)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert_allclose(mine, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
