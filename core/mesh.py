@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from core.errors import UserError
 from core.options import MeshConfig
@@ -86,7 +86,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def shardings(mesh: Mesh, axes: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, axes: Any) -> Any:
     """Turn a pytree of tuples of logical names into a pytree of `NamedSharding`."""
     return jax.tree.map(
         lambda names: NamedSharding(mesh, spec(names)), axes, is_leaf=lambda x: isinstance(x, tuple)
@@ -106,7 +106,7 @@ def num_shards(axis: str) -> int:
     return math.prod(sizes.get(name, 1) for name in mesh_axes(axis))
 
 
-def check_divides(mesh: Mesh, sizes: Mapping[str, tuple[str, int]]) -> None:
+def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """Check that named sizes divide over the mesh, `sizes` being {key: (logical axis, size)}.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from optax import contrib
 
 from core.errors import UserError
@@ -117,7 +117,7 @@ def clip(gradients: Params, norm: jax.Array, limit: float | None) -> Params:
     return jax.tree.map(lambda g: g * scale, gradients)
 
 
-def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: Mesh):
+def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: Mesh | AbstractMesh):
     """Shardings of the optimizer's state: moments as their parameters' (`params`), the rest replicated."""
     state = jax.eval_shape(optimizer.transform.init, shapes)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from core.config import to_yaml
 from core.errors import UserError
@@ -43,7 +43,7 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
         UserError: for anything in the configuration, the data or the run folder that the user can mend.
     """
     mesh = make_mesh(experiment.mesh)
-    _check_mesh(experiment, mesh)
+    check_mesh(experiment, mesh)
     _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
     model, optimizer = _model(experiment, mesh)
     run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
@@ -72,7 +72,12 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
     return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
 
 
-def _check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Check that the model and its microbatches divide over the mesh.
+
+    Raises:
+        UserError: naming the key that doesn't, and the mesh axes.
+    """
     model, data = experiment.model, experiment.data
     if mesh.shape["expert"] > 1:
         raise UserError(

@@ -8,10 +8,14 @@ text, so a collective is counted as an accelerator would run it:
   all-reduce reassociation).
 - Partial sums are exchanged in the dtype that they are cast to: the CPU forms products in float32.
 - Two gathers of one array within a computation are one.
+
+A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a device
+then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -40,12 +44,12 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange of an array of `shape`, whole: as gathered, or as it is before it is scattered."""
+    """One exchange of an array of `size` bytes, whole: as gathered, or as it is before it is scattered."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh
-    devices: int  # in a group
-    shape: tuple[int, ...]
+    axis: str  # of the mesh
+    devices: int  # along it
+    size: int
     dtype: str
     times: int  # in one run of the program
     source: str  # the operation that it comes from, as JAX names it
@@ -53,7 +57,7 @@ class Collective(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that each device sends in one run of the program."""
-        return self.times * ring_bytes(self.kind, BYTES[self.dtype] * math.prod(self.shape), self.devices)
+        return self.times * ring_bytes(self.kind, self.size, self.devices)
 
 
 def ring_bytes(kind: str, size: float | int, devices: int) -> float:
@@ -92,30 +96,56 @@ def _of_computation(body: Sequence[Instruction], mesh: Mapping[str, int]) -> Ite
         axes = _axes(one.attributes, mesh)
         devices = math.prod(mesh[axis] for axis in axes)
         kind, dtype, shape, key = one.opcode, one.dtype, one.shape, (one.arguments, one.shape)
+        parts = 1
         if kind == "all-reduce":
-            end, sliced, dtype = _followed(one, users)
-            kind, key = ("reduce-scatter" if sliced else kind), (end,)
+            end, parts, dtype = _followed(one, users)
+            key = (end,)
         elif kind == "reduce-scatter":
             dimension = int(re.findall(r"dimensions=\{(\d+)\}", one.attributes)[0])
             shape = tuple(n * devices if i == dimension else n for i, n in enumerate(shape))
-        if devices == 1 or (kind, axes, *key) in seen:
+            kind, parts = "all-reduce", devices
+        if (kind, axes, *key) in seen:
             continue
         seen.add((kind, axes, *key))
         source = re.findall(r'op_name="([^"]*)"', one.attributes)
-        yield Collective(kind, axes, devices, shape, dtype, 1, source[0] if source else "")
+        whole = Collective(kind, "", 1, BYTES[dtype] * math.prod(shape), dtype, 1, source[0] if source else "")
+        yield from _along_each(whole, axes, mesh, parts)
 
 
-def _followed(one: Instruction, users: Mapping[str, list[Instruction]]) -> tuple[str, bool, str]:
-    """Where a sum goes: the last array that is it but for casts and further terms, whether only a slice of it
-    is read then, and in which dtype.
+def _along_each(one: Collective, axes: Sequence[str], mesh: Mapping[str, int], parts: int):
+    """A collective over several axes as one along each; a sum of which each device keeps one of `parts`."""
+    if one.kind != "all-reduce":
+        if len(axes) > 1:
+            raise ValueError(f"{one.kind} over {axes}: only sums are told apart by axis")
+        yield from (one._replace(axis=axis, devices=mesh[axis]) for axis in axes)
+        return
+    size = one.size
+    scattered = next(
+        c for n in range(len(axes) + 1) for c in itertools.combinations(reversed(axes), n)
+        if math.prod(mesh[axis] for axis in c) == parts
+    )  # fmt: skip
+    for axis in scattered:
+        yield one._replace(kind="reduce-scatter", axis=axis, devices=mesh[axis], size=size)
+        size //= mesh[axis]
+    for axis in reversed(axes):
+        if axis not in scattered:
+            yield one._replace(axis=axis, devices=mesh[axis], size=size)
+            size //= mesh[axis]
+
+
+def _followed(one: Instruction, users: Mapping[str, list[Instruction]]) -> tuple[str, int, str]:
+    """Where a sum goes: the last array that is it but for casts and further terms; of how many parts each
+    device keeps one; and the dtype.
     """
     dtype, last, reading = one.dtype, one, users[one.name]
     while len(reading) == 1 and reading[0].opcode in (*_PLAIN, "add"):
         last, reading = reading[0], users[reading[0].name]
         dtype = min(dtype, last.dtype, key=BYTES.__getitem__)
-    sliced = bool(reading) and all(user.opcode == "dynamic-slice" for user in reading)
-    cast = [user.dtype for part in reading if sliced for user in users[part.name] if user.opcode == "convert"]
-    return last.name, sliced, min(dtype, *cast, key=BYTES.__getitem__) if cast else dtype
+    if not reading or any(user.opcode != "dynamic-slice" for user in reading):
+        return last.name, 1, dtype
+    casts = [user.dtype for part in reading for user in users[part.name] if user.opcode == "convert"]
+    parts = math.prod(last.shape) // math.prod(reading[0].shape)
+    return last.name, parts, min(dtype, *casts, key=BYTES.__getitem__) if casts else dtype
 
 
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = \(?(\w+)\[([\d,]*)\].*? ([\w-]+)\((.*)")
