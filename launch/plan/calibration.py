@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core.config import load, parse, to_dict
+from core.devices import DEVICES
 from launch.plan.device import find
 from launch.plan.layout import Layout
 from launch.plan.roofline import times
@@ -73,6 +74,26 @@ def fit(row: Row) -> float:
 
 
 @functools.cache
-def fits() -> dict[str, float]:
-    """Efficiency by the peak of the devices that it was fitted on."""
+def _fits() -> dict[str, float]:
+    """Efficiency by the device that it was fitted on."""
     return {row.device: fit(row) for row in ROWS if row.fitted}
+
+
+def fitted_on(device: str) -> Row | None:
+    """The row that gives a device its efficiency: one of its own kind of chip, which has the same peaks."""
+    if device not in DEVICES:
+        return None
+    peaks = DEVICES[device].peaks
+    return next((row for row in ROWS if row.fitted and DEVICES[row.device].peaks == peaks), None)
+
+
+def efficiency_of(device: str) -> float:
+    """What share of their peak its products reach. Where nothing published was fitted, the least of the fits."""
+    row = fitted_on(device)
+    return _fits()[row.device] if row else min(_fits().values())
+
+
+def outcomes() -> list[Outcome]:
+    """Predicted against published, for each row."""
+    found = [(row, predict(row, efficiency_of(row.device))) for row in ROWS]
+    return [Outcome(row, predicted, predicted / row.published - 1) for row, predicted in found]

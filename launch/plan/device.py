@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from core.config import config, load
-from core.devices import DEVICES, Device, named
+from core.devices import Device, named
 from core.errors import UserError
 
 
@@ -49,7 +49,3 @@ def find(name: str) -> Device:
         file.devices_per_node,
     )
 
-
-def family(name: str) -> str:
-    """Devices whose efficiency is one figure: `a100-40gb` and `a100-80gb` are `a100`."""
-    return name.partition("-")[0] if name in DEVICES and not name.startswith("tpu") else name

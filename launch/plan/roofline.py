@@ -1,10 +1,11 @@
 """What a step takes in seconds: arithmetic, memory and exchanges, each at the pace of the device.
 
-    step = microbatches x (max(compute, memory, hidden exchanges) + exposed exchanges) + update
+    step = max(compute + memory, hidden exchanges) + exchanges waited for + update
 
-Products and attention run at one fraction of the dense peak, `EFFICIENCY`, fitted for each family of devices on
+What moves through memory between products is added to them, since kernels run one after the other. Products and
+attention run at one fraction of the dense peak, `efficiency`, fitted for each family of devices on
 one published throughput (`launch.plan.calibration`): it stands for all that is not modelled, such as launches,
-elementwise work between products and stragglers. Exchanges of weights and gradients hide behind compute, layer
+shapes that fill a device badly and stragglers. Exchanges of weights and gradients hide behind compute, layer
 by layer, so only what passes it is felt; activations over `tensor` are waited for.
 """
 
@@ -66,7 +67,7 @@ def times(layout: Layout, device: Device, efficiency: float) -> Times:
             hidden += seconds
         else:
             waited += seconds
-    busy = max(compute, memory)
+    busy = compute + memory
     exposed = waited + max(0.0, hidden - busy)
     step = busy + exposed + update
     parts = {"compute": compute, "memory": memory, "optimizer update": update}
