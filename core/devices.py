@@ -36,9 +36,9 @@ class Device:
     kinds: tuple[str, ...]
     peaks: dict[str, float]  # FLOP/s by dtype; float32 on NVIDIA's is TF32 on the tensor cores
     memory: int  # bytes
-    memory_bandwidth: float  # bytes a second
-    link_bandwidth: float  # to others of its node
-    network_bandwidth: float  # to other nodes
+    memory_bandwidth: float | int  # bytes a second
+    link_bandwidth: float | int  # to others of its node
+    network_bandwidth: float | int  # to other nodes
     node: int = 8  # devices in one
 
 
@@ -96,8 +96,9 @@ def named(name: str) -> Device:
         UserError: for a name that is not in `DEVICES`.
     """
     if name not in DEVICES:
-        near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(DEVICES)}"
+        near = [known for known in DEVICES if known.startswith(name.lower())]
+        near = near or difflib.get_close_matches(name.lower(), DEVICES, n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near and name else f"known are {', '.join(DEVICES)}"
         raise UserError(f"the device '{name}' is not known; {hint}")
     return DEVICES[name]
 

@@ -49,6 +49,7 @@ class Outcome(NamedTuple):
     error: float  # relative
 
 
+@functools.cache
 def experiment_of(row: Row) -> Experiment:
     """The run that a row tells of, in our terms."""
     data = to_dict(load(Experiment, CONFIGS / f"{row.config}.yaml"))

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from launch.plan.layout import Layout, Parameter
 from launch.plan.program import ring_bytes
 
-# Weights and gradients of a layer can cross while its neighbour computes; activations are waited for.
-HIDDEN = ("weights", "gradients")
+# These cross while products run: weights and gradients of a layer beside its neighbour's, keys and values beside
+# attention to those that came before. Activations are waited for.
+HIDDEN = ("weights", "gradients", "keys and values")
 
 
 class Exchange(NamedTuple):
@@ -35,7 +36,7 @@ class Exchange(NamedTuple):
 
 def exchanges(layout: Layout) -> list[Exchange]:
     """All exchanges of a step; those along axes of one device are left out."""
-    found = [*_weights(layout), *_gradients(layout), *_stream(layout), *_loss(layout)]
+    found = [*_weights(layout), *_gradients(layout), *_stream(layout), *_ring(layout), *_loss(layout)]
     return [one for one in found if one.devices > 1 and one.times and one.size]
 
 
@@ -105,6 +106,19 @@ def _stream(layout: Layout) -> Iterator[Exchange]:
     scatters = 2 + 2 + (1 if remat == "full" and not parallel else 0)
     yield Exchange("activations", "all-gather", "tensor", n, size, runs * gathers)
     yield Exchange("activations", "reduce-scatter", "tensor", n, size, runs * scatters)
+
+
+def _ring(layout: Layout) -> Iterator[Exchange]:
+    """Attention over a sequence divided over `context`: keys and values go round the ring, and round again when
+    the layer is formed anew and in the backward pass; there their float32 gradients go with them, and home.
+    """
+    model, n = layout.model, layout.mesh["context"]
+    pair = 2 * layout.tokens * model.num_kv_heads // layout.mesh["tensor"] * model.head_dim
+    runs = layout.microbatches * model.num_layers
+    passes = 2 if layout.experiment.train.remat == "none" else 3
+    what, kind = "keys and values", "collective-permute"
+    yield Exchange(what, kind, "context", n, layout.width * pair, runs * passes * (n - 1))
+    yield Exchange(what, kind, "context", n, 4 * pair, runs * n)
 
 
 def _loss(layout: Layout) -> Iterator[Exchange]:

@@ -41,7 +41,7 @@ class Times(NamedTuple):
     flops: float  # that the model needs
 
 
-def times(layout: Layout, device: Device, efficiency: float) -> Times:
+def times(layout: Layout, device: Device, efficiency: float | int) -> Times:
     """Predict a step on a device that reaches `efficiency` of its peak in products.
 
     Raises:
@@ -81,7 +81,7 @@ def times(layout: Layout, device: Device, efficiency: float) -> Times:
     )  # fmt: skip
 
 
-def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float:
+def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float | int:
     """Bytes a second that each device sends along a mesh axis.
 
     Devices are numbered along the last axis first, node after node. An axis within a node has its links. One
@@ -98,7 +98,7 @@ def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float:
     return LINK_EFFICIENCY * min(device.link_bandwidth, members * device.network_bandwidth)
 
 
-def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: str) -> float:
+def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: str) -> float | int:
     """Operations beyond those that the model needs: the backward pass of every fast attention forms the scores
     once more (half of the forward's products); with remat attention runs forward again, and with `full` so do
     all products of a layer but the mlp's last, which nothing reads.
@@ -113,7 +113,7 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: 
     return attention / 2 + attention + 2 * (matmul_parameters(model) - head - last)
 
 
-def _activation_traffic(layout: Layout) -> float:
+def _activation_traffic(layout: Layout) -> float | int:
     """Bytes that a microbatch's passes, all of them, move to and from a device's memory, about: what a layer
     forms is written and read twice, again where it is formed again; gathered weights are written, and read by
     each pass; logits are written and read for softmax and gradient.
@@ -127,7 +127,7 @@ def _activation_traffic(layout: Layout) -> float:
     return layout.microbatches * (model.num_layers * per_layer + 4 * logits)
 
 
-def _update_traffic(layout: Layout) -> float:
+def _update_traffic(layout: Layout) -> float | int:
     """Bytes that gradients and update move: sums over microbatches, the norm, and all state read and written."""
     state, train = layout.parameter_bytes, layout.experiment.train
     sums = 3 * state * layout.microbatches if layout.microbatches > 1 else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.words import duration, exponent, short
 from launch.plan import memory
+from launch.plan.communication import HIDDEN
 from launch.plan.calibration import Outcome, fitted_on
 from launch.plan.compiled import Compiled
 from launch.plan.plan import Plan, spelled
@@ -140,7 +141,7 @@ def _traffic(plan: Plan) -> Any:
             continue
         total = sum(s for (a, _, _), s in sums.items() if a == axis)
         seconds = plan.times.exchanges[axis] * sent / total
-        hidden = "behind compute" if what in ("weights", "gradients") else "waited for"
+        hidden = "behind compute" if what in HIDDEN else "waited for"
         table.add_row(axis, what, kind, f"{sent / 1e9:,.1f}", f"{seconds:.2f}", hidden)
     if not sums:
         table.add_row("-", "none", "", "", "", "one device")
