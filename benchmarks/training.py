@@ -30,7 +30,7 @@ class Training:
 
         self.backend = choose_backend(
             train.attention, jax.default_backend(), config, dtype=train.dtype, length=sequence,
-            isolated=False, divided=mesh.shape["context"] != 1,
+            isolated=False, context=mesh.shape["context"],
         )  # fmt: skip
         self.model = blueprint(config, Compute(train.dtype, self.backend, train.remat, train.scan_layers))
         optimizer = make_optimizer(OPTIMIZER, train.steps, self.model.decay, self.model.axes)

@@ -71,7 +71,7 @@ class TrainConfig:
     loss_chunk: int = Field(512, ge=1)  # positions of each sequence whose logits exist at one time
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
-    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"] = "auto"
 
 
 @config

@@ -61,7 +61,7 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
         dtype=options.dtype,
         length=experiment.data.sequence_length,
         isolated=experiment.data.isolate,
-        divided=mesh.shape["context"] > 1,
+        context=mesh.shape["context"],
     )
     model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
     device = jax.devices()[0]

@@ -48,13 +48,20 @@ def partitioned(lowered) -> str:
 
 
 def collectives(hlo: str) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Each collective, the shape of its result on one device, and whether it stands in the body of a loop."""
-    bodies = set(re.findall(r"body=%?([\w.-]+)", hlo))
+    """Each collective, the shape of its result on one device, and whether a loop runs it."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found, inside = [], False
+    calls: dict[str, set[str]] = {}  # what each computation runs
+    found, bodies, here = [], set(), ""
     for line in hlo.splitlines():
         if begins := re.match(r"(?:ENTRY )?%?([\w.-]+)[ .(].*\{$", line):
-            inside = begins[1] in bodies
-        elif match := re.search(rf" = \w+\[([\d,]*)\]\S* ({kinds})\(", line):
-            found.append((match[2], tuple(map(int, filter(None, match[1].split(",")))), inside))
-    return found
+            here = begins[1]
+            continue
+        calls.setdefault(here, set()).update(re.findall(r"(?:body|to_apply|calls)=%?([\w.-]+)", line))
+        bodies.update(re.findall(r"body=%?([\w.-]+)", line))
+        if match := re.search(rf" = \w+\[([\d,]*)\]\S* ({kinds})\(", line):
+            found.append((match[2], tuple(map(int, filter(None, match[1].split(",")))), here))
+    looped, new = set(), bodies
+    while new:
+        looped |= new
+        new = {name for caller in new for name in calls.get(caller, ())} - looped
+    return [(kind, shape, here in looped) for kind, shape, here in found]

@@ -248,7 +248,7 @@ def _measure(
 
     experiment, options = subject.experiment, subject.experiment.train
     mesh = make_mesh(experiment.mesh)
-    check_divides(mesh, {"--length": ("act_seq", length)})
+    check_divides(mesh, {"--length": ("act_stream", length)})
     backend = choose_backend(
         options.attention,
         jax.default_backend(),
@@ -256,7 +256,7 @@ def _measure(
         dtype=options.dtype,
         length=length,
         isolated=experiment.data.isolate,
-        divided=experiment.mesh.context != 1,
+        context=mesh.shape["context"],
     )
     model = blueprint(experiment.model, Compute(options.dtype, backend, "none", options.scan_layers))
     targets = jax.tree.map(

@@ -6,10 +6,12 @@
 | `blockwise` | anything    | yes             | yes    | yes            | any               | S      |
 | `pallas`    | NVIDIA GPUs | yes             | no     | no             | bfloat16, float16 | S      |
 | `cudnn`     | NVIDIA GPUs | no              | yes    | no             | bfloat16, float16 | S      |
+| `ring`      | anything    | yes             | yes    | no             | any               | S      |
 
 A row without documents of its own (`starts` is None) suits all. Blockwise skips the blocks that a window or
-sparsity empties, cuDNN those outside a window. Shapes that the kernels lack are in `refusal`. On the CPU
-`pallas` is interpreted, for tests. Decoding with a cache and captured maps always take the reference.
+sparsity empties, cuDNN those outside a window. `ring` is for sequences divided over `mesh.context`: there
+`blockwise` and `reference` gather keys and values whole. Shapes that the kernels lack are in `refusal`. On
+the CPU `pallas` is interpreted, for tests. Decoding with a cache and captured maps always take the reference.
 """
 
 from __future__ import annotations
@@ -26,20 +28,21 @@ from llm.model.config import ModelConfig
 from llm.model.fused import cudnn_attention, pallas_attention
 from llm.model.layers import contract
 from llm.model.masks import CAUSAL, Mask
+from llm.model.ring import ring_attention
 
-Backend = Literal["reference", "blockwise", "pallas", "cudnn"]
-FASTEST_FIRST: tuple[Backend, ...] = ("cudnn", "pallas", "blockwise", "reference")
+Backend = Literal["reference", "blockwise", "pallas", "cudnn", "ring"]
+FASTEST_FIRST: tuple[Backend, ...] = ("ring", "cudnn", "pallas", "blockwise", "reference")
 
 
 def choose_backend(
-    asked: Literal["auto", "reference", "blockwise", "pallas", "cudnn"],
+    asked: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"],
     platform: str,
     config: ModelConfig,
     *,
     dtype: str,
     length: int,
     isolated: bool,
-    divided: bool,
+    context: int,
 ) -> Backend:
     """The backend for training on `platform`: the one asked for, or the fastest that takes all the rest.
 
@@ -50,14 +53,14 @@ def choose_backend(
         dtype: of the products.
         length: of a row, in tokens.
         isolated: whether the documents of a row are kept apart.
-        divided: whether a row is divided over devices.
+        context: how many devices a row is divided over.
 
     Raises:
         UserError: if the backend asked for can't do this, with the reason and one that can.
     """
 
     def reason(backend: Backend) -> str | None:
-        return refusal(backend, platform, config, dtype, length, isolated, divided)
+        return refusal(backend, platform, config, dtype, length, isolated, context)
 
     best = next(backend for backend in FASTEST_FIRST if reason(backend) is None)
     if asked == "auto":
@@ -74,17 +77,24 @@ def refusal(
     dtype: str,
     length: int,
     isolated: bool,
-    divided: bool,
+    context: int,
 ) -> str | None:
     """Why a backend can't train with this, to follow "which"; None if it can."""
     if backend in ("reference", "blockwise"):
         return None
+    if backend == "ring":
+        checks = [
+            (context == 1, "is for sequences divided over devices (mesh.context)"),
+            (config.sparsity is not None, "has no block sparsity (model.sparsity)"),
+            (length % (2 * context) != 0, f"takes a multiple of {2 * context} as data.sequence_length"),
+        ]
+        return next((why for refuses, why in checks if refuses), None)
     size = config.head_dim
     checks = [
         (platform != "gpu", f"runs on NVIDIA GPUs, not on {platform}"),
         (config.sparsity is not None, "has no block sparsity (model.sparsity)"),
         (dtype == "float32", "has no float32 products (train.dtype)"),
-        (divided, "needs whole sequences on each device (mesh.context)"),
+        (context > 1, "needs whole sequences on each device (mesh.context)"),
     ]
     if backend == "cudnn":
         checks += [
@@ -114,7 +124,7 @@ def attention(
 
     Query i stands at index `q_offset + i` of the T keys, in a document that begins at index `starts[:, i]`
     (`document_starts`); it sees the keys that `mask` leaves of this document, or of the row if `starts` is
-    None.
+    None. For `ring` all arrays are in zigzag order, see `llm.model.ring`.
 
     Raises:
         ValueError: if `backend` can't honour the mask asked for.
@@ -125,6 +135,8 @@ def attention(
         raise ValueError(f"{backend} attention needs queries and keys at the same indices: use 'reference'")
     if backend == "blockwise":
         return blockwise_attention(q, k, v, starts, mask)
+    if backend == "ring" and mask.sparsity is None:
+        return ring_attention(q, k, v, jnp.zeros(q.shape[:2], jnp.int32) if starts is None else starts, mask)
     if mask.sparsity is not None:
         raise ValueError(f"{backend} attention has no block sparsity: use 'blockwise'")
     on_cpu = jax.default_backend() == "cpu"

@@ -102,13 +102,13 @@ def _visible(mask: Mask, span: Span, starts: jax.Array | None):
     return mask.visible(i, span.places()[:, None], start)
 
 
-def _split_heads(x, groups: int):
+def split_heads(x, groups: int):
     """[B, S, H, K] -> [B, G, H/G, S, K]: each head's rows together, for batched products."""
     batch, length, heads, head_dim = x.shape
     return x.reshape(batch, length, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
 
 
-def _join_heads(x):
+def join_heads(x):
     """[B, G, R, S, K] -> [B, S, H, K]."""
     batch, groups, ratio, length, head_dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * ratio, head_dim)
@@ -116,7 +116,7 @@ def _join_heads(x):
 
 def _forward(q, k, v, starts, mask):
     groups = k.shape[2]
-    scaled = _split_heads(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), groups)
+    scaled = split_heads(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), groups)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     outs, sums = [], []
     for span in _spans(q.shape[1], starts, mask):
@@ -128,7 +128,7 @@ def _forward(q, k, v, starts, mask):
         out = _einsum("bgrij,bgjk->bgrik", weights.astype(v.dtype), span.take(values, axis=2))
         outs.append((out / total).astype(q.dtype))
         sums.append(top + jnp.log(total))
-    out = _join_heads(jnp.concatenate(outs, axis=3))
+    out = join_heads(jnp.concatenate(outs, axis=3))
     return out, (q, k, v, starts, out, jnp.concatenate(sums, axis=3))
 
 
@@ -138,13 +138,13 @@ def _backward(mask, residuals, g):
     """
     q, k, v, starts, out, log_sums = residuals
     groups, scale, dtype = k.shape[2], q.shape[-1] ** -0.5, q.dtype
-    scaled = _split_heads(q * jnp.asarray(scale, dtype), groups)
+    scaled = split_heads(q * jnp.asarray(scale, dtype), groups)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     # Behind a barrier, else XLA reads the keys as they lie, by a product that it lacks for bfloat16.
     turned = jax.lax.optimization_barrier(keys.swapaxes(2, 3))
-    g_heads = _split_heads(g, groups)
+    g_heads = split_heads(g, groups)
     # d score = weight * (d weight - <d out, out>): the row sum of the softmax's derivative.
-    inner = _split_heads((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), groups)
+    inner = split_heads((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), groups)
     inner, log_sums = (x[:, :, None, :, :, 0] for x in (inner, log_sums))  # [B, G, 1, R, S]
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for span in _spans(q.shape[1], starts, mask):
@@ -158,7 +158,7 @@ def _backward(mask, residuals, g):
         dk = span.add(dk, _einsum("bgjri,bgrik->bgjk", d_scores, q_rows))
         dq.append(_einsum("bgkj,bgjri->bgkri", span.take(turned, axis=3), d_scores) * scale)
     return (
-        _join_heads(jnp.concatenate(dq, axis=4).transpose(0, 1, 3, 4, 2)).astype(q.dtype),
+        join_heads(jnp.concatenate(dq, axis=4).transpose(0, 1, 3, 4, 2)).astype(q.dtype),
         dk.transpose(0, 2, 1, 3).astype(k.dtype),
         dv.transpose(0, 2, 1, 3).astype(v.dtype),
         None,

@@ -5,8 +5,8 @@ only scales them. So the head costs three products, not the four of recomputatio
 cross entropy: Hsu et al. 2024, arXiv:2410.10989, and Wijmans et al. 2024, arXiv:2411.09009).
 
 On a mesh each device has the tokens of its place and, along `tensor`, a part of the vocabulary, as in
-Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): of the logits only maxima and sums cross the mesh, and the
-gradients are added up once, after the last chunk.
+Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): of the logits only maxima and sums cross the mesh, and
+the gradients are added up once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def cross_entropy(
     """`sum(weights * (nll + z_loss * log(Z)^2))`, differentiable in `hidden` and `kernel`, and its parts.
 
     At most `chunk` positions of what a device has of each sequence have logits at one time. Only the sum is
-    differentiable: its parts, the targets and the weights carry no gradient. On a mesh, B, S and V must divide
-    over it.
+    differentiable: its parts, the targets and the weights carry no gradient. On a mesh, B, S and V must
+    divide over it.
     """
     return _cross_entropy(z_loss, chunk, hidden, kernel, targets, weights)
 
@@ -79,7 +79,7 @@ class Axes(NamedTuple):
 
 
 def _on_each_device(function, gradients, z_loss, chunk, hidden, kernel, targets, weights):
-    """`function` of what each device has, as arrays of the whole mesh; `gradients` are its further results."""
+    """`function` of what each device has, as arrays of the whole mesh; `gradients` are its other results."""
     # Cast before it is gathered, and behind a constraint: XLA would else gather what it is cast from.
     kernel = shard(kernel.astype(hidden.dtype), "vocab", "embed")
     mesh = jax.sharding.get_abstract_mesh()
@@ -89,7 +89,7 @@ def _on_each_device(function, gradients, z_loss, chunk, hidden, kernel, targets,
     of = lambda name: tuple(a for a in divided if a in mesh_axes(name))  # noqa: E731
     axes = Axes(of("vocab"), of("embed"), of("act_batch") + of("act_seq"))
     rows = spec(("act_batch", "act_seq"))
-    sums = (PartitionSpec(), LossSums(PartitionSpec(), PartitionSpec()))
+    sums = PartitionSpec()
     return jax.shard_map(
         functools.partial(function, axes, z_loss, chunk),
         in_specs=(spec(("act_batch", "act_seq", "act_embed")), spec(("act_vocab", "act_embed")), rows, rows),

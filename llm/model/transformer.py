@@ -23,6 +23,7 @@ from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
 from llm.model.layers import Linear, Norm, product, swiglu
 from llm.model.masks import Mask, document_starts
+from llm.model.ring import from_zigzag, to_zigzag
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -93,6 +94,8 @@ class Attention(nnx.Module):
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
             starts = None if starts is None else jnp.repeat(starts, groups, axis=0)
         weights = None
+        if capture and self.backend == "ring":
+            raise ValueError("captured attention maps need a model whose attention is not 'ring'")
         if capture:
             weights = attention_weights(q, k, starts, self.mask, view.q_offset)
             y = weighted_values(weights, v)
@@ -137,12 +140,12 @@ class Block(nnx.Module):
         y, kv, weights = self.attention(whole(self.attention_norm(x)), view, kv, capture)
         y = x + spread(y)
         y = y + spread(self.mlp(whole(self.mlp_norm(x if self.parallel else y))))
-        return spread(y), kv, weights
+        return stream(y), kv, weights
 
 
-def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """The residual stream between products, its sequence divided over `tensor` too, so that norms and what is
-    kept for the backward pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
+def stream(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The residual stream, its sequence divided over `tensor` too: norms and what is kept for the backward
+    pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
     """
     return shard(x, "act_batch", "act_stream", "act_embed")
 
@@ -150,7 +153,13 @@ def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The stream as products over divided heads, mlp and vocabulary read it: gathered over `tensor`."""
     # Constrained as it was first: XLA would else gather what x is cast from, in float32.
-    return shard(spread(x), "act_batch", "act_seq", "act_embed")
+    return shard(stream(x), "act_batch", "act_seq", "act_embed")
+
+
+def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What such products give, summed over `tensor` and divided again."""
+    # In two steps: where `context` divides the sequence as well, XLA would else gather it whole in between.
+    return stream(shard(x, "act_batch", "act_seq", "act_embed"))
 
 
 class Transformer(nnx.Module):
@@ -181,9 +190,11 @@ class Transformer(nnx.Module):
         it, and the grown one is returned. With `capture` the result's `aux` holds `attention`
         [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
         """
-        cos, sin = rope.rotations(self.config, positions)
         if cache is None:
-            view = View(cos, sin, None if segment_ids is None else document_starts(segment_ids), 0)
+            starts = None if segment_ids is None else document_starts(segment_ids)
+            if self.compute.attention == "ring":
+                tokens, positions, starts = jax.tree.map(to_zigzag, (tokens, positions, starts))
+            view = View(*rope.rotations(self.config, positions), starts, 0)
         elif segment_ids is None:
             raise ValueError("tokens that a cache remembers need segment ids: 0 for padding")
         else:
@@ -191,16 +202,16 @@ class Transformer(nnx.Module):
             starts = jax.lax.dynamic_slice_in_dim(
                 document_starts(seen), cache.length, tokens.shape[1], axis=1
             )
-            view = View(cos, sin, starts, cache.length)
+            view = View(*rope.rotations(self.config, positions), starts, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
         x = shard(table[tokens], "act_batch", "act_seq", "act_embed")
-        # Constrained once more as it is cast, so that its gradient is gathered in that dtype.
-        x = spread(shard(x.astype(self.compute.dtype), "act_batch", "act_seq", "act_embed"))
+        x = spread(x.astype(self.compute.dtype))
         if cache is None:
             x, aux = self._scan_blocks(x, view, capture)
-            return Output(whole(self.norm(x)), None, aux)
+            hidden = whole(self.norm(x))
+            return Output(from_zigzag(hidden) if self.compute.attention == "ring" else hidden, None, aux)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
         return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 

@@ -335,7 +335,7 @@ GPU = {"platform": "gpu", "dtype": "bfloat16", "isolated": False}
 
 
 def choose(asked, model=None, **changes):
-    where = {"platform": "cpu", "dtype": "float32", "length": 256, "isolated": True, "divided": False}
+    where = {"platform": "cpu", "dtype": "float32", "length": 256, "isolated": True, "context": 1}
     where |= changes
     return choose_backend(asked, where.pop("platform"), dataclasses.replace(LLAMA, **model or {}), **where)
 
@@ -351,7 +351,8 @@ def choose(asked, model=None, **changes):
         (GPU, {"sparsity": Sparsity(64, 4, 1)}, "blockwise"),
         (GPU, {"head_dim": 36}, "pallas"),
         (GPU | {"dtype": "float32"}, {}, "blockwise"),
-        (GPU | {"divided": True}, {}, "blockwise"),
+        (GPU | {"context": 2}, {}, "ring"),
+        (GPU | {"context": 2}, {"sparsity": Sparsity(2, 1, 1)}, "blockwise"),
         (GPU | {"isolated": True}, {}, "pallas"),
         (GPU | {"isolated": True}, {"window": 9}, "blockwise"),
         (GPU | {"isolated": True}, {"head_dim": 256}, "blockwise"),
@@ -376,7 +377,9 @@ def test_automatic_choice_of_a_backend(changes, model, expected):
         ("pallas", GPU, {"window": 9}, r"\(model\.window\): set it to cudnn"),
         ("pallas", GPU | {"length": 200}, {}, r"data\.sequence_length, not 200: set it to cudnn"),
         ("pallas", GPU, {"head_dim": 8}, r"model\.head_dim of 16 to 128, not 8: set it to cudnn"),
-        ("pallas", GPU | {"divided": True}, {}, r"\(mesh\.context\): set it to blockwise"),
+        ("pallas", GPU | {"context": 2}, {}, r"\(mesh\.context\): set it to ring"),
+        ("ring", GPU, {}, r"divided over devices \(mesh\.context\): set it to"),
+        ("ring", GPU | {"context": 3}, {}, r"takes a multiple of 6 .* set it to blockwise"),
     ],
 )
 def test_a_backend_that_cannot_is_refused_with_one_that_can(asked, changes, model, message):

@@ -26,9 +26,9 @@ MODEL = ModelConfig(
     vocab_size=128,
     num_layers=2,
     embed_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
     mlp_dim=64,
     max_length=32,
 )
@@ -52,7 +52,8 @@ def packed_batch(seed: int) -> Batch:
 
 def run(options: MeshConfig, train: TrainConfig = TRAIN, optimizer: OptimizerConfig = SGD, devices=None):
     """Five steps; metrics by step, and the parameters at the end."""
-    model = blueprint(MODEL, Compute(train.dtype))
+    attention = "ring" if options.context > 1 else "reference"
+    model = blueprint(MODEL, Compute(train.dtype, attention, train.remat))
     mesh = make_mesh(options, devices)
     tx = make_optimizer(optimizer, train.steps, model.decay, model.axes)
     with jax.set_mesh(mesh):
@@ -78,20 +79,33 @@ def assert_same_course(got, expected):
         assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
-MESHES = [
-    MeshConfig(data=8),
-    MeshConfig(data=1, fsdp=8),
-    MeshConfig(data=4, tensor=2),
-    MeshConfig(data=2, fsdp=4),
-    MeshConfig(data=1, fsdp=4, tensor=2),
-    MeshConfig(data=2, fsdp=2, tensor=2),
-    MeshConfig(data=2, fsdp=2, context=2),
+LATTICE = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"context": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 4, "tensor": 2},
+    {"data": 2, "tensor": 4},
+    {"data": 2, "context": 4},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "context": 4},
+    {"tensor": 4, "context": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+    {"data": 2, "tensor": 2, "context": 2},
+    {"fsdp": 2, "tensor": 2, "context": 2},
 ]
 
 
-@pytest.mark.parametrize("options", MESHES, ids=str)
-def test_sharded_equals_unsharded(options):
-    assert_same_course(run(options), one_device())
+@pytest.mark.parametrize("sizes", LATTICE, ids=str)
+def test_sharded_equals_unsharded(sizes):
+    assert_same_course(run(MeshConfig(**{"data": 1} | sizes)), one_device())
+
+
+def test_all_at_once_on_a_mesh():
+    """Three axes, ring attention, a recomputed forward pass and microbatches of ragged token counts."""
+    train = dataclasses.replace(TRAIN, accumulation=4, remat="full")
+    assert_same_course(run(MeshConfig(data=1, fsdp=2, tensor=2, context=2), train), one_device())
 
 
 def test_muon_on_a_mesh_takes_the_same_course():
