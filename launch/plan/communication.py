@@ -76,17 +76,24 @@ def _gradients(layout: Layout) -> Iterator[Exchange]:
         runs = layout.microbatches * (layout.model.num_layers if p.stacked else 1)
         if p.path == "embedding" and layout.model.tied_head:
             runs *= 2  # as a table and as the head
-        size = 4 * p.share(layout.mesh, gathered=("fsdp",))
-        if "norm" in p.axes or _added_to_stream(p):  # which is divided over `tensor` too, as heads are
-            yield Exchange("gradients", "all-reduce", "tensor", layout.mesh["tensor"], size, runs)
-        axes = ["expert", "context", "fsdp", "data"]
-        if "fsdp" in p.divided:
-            yield Exchange("gradients", "reduce-scatter", "fsdp", layout.mesh["fsdp"], size, runs)
-            size //= layout.mesh["fsdp"]
-            axes.remove("fsdp")
-        for axis in axes:
-            yield Exchange("gradients", "all-reduce", axis, layout.mesh[axis], size, runs)
-            size //= layout.mesh[axis]
+        size, n = 4 * p.share(layout.mesh, gathered=("fsdp",)), layout.mesh
+        of_stream = "norm" in p.axes or _added_to_stream(p)  # divided over `tensor` too, as heads are
+        table = p.path == "embedding"  # scattered into while the sequence's parts are still apart
+        if "fsdp" in p.divided and not (of_stream or table):
+            yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)
+            size //= n["fsdp"]
+        # Some sums follow each other, some are one over several axes, which `program` tells apart like this.
+        yield Exchange("gradients", "all-reduce", "context", n["context"], size, runs)
+        if of_stream:
+            yield Exchange("gradients", "all-reduce", "tensor", n["tensor"], size // n["context"], runs)
+        if (of_stream or table) and "fsdp" in p.divided:
+            yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)
+            size //= n["fsdp"]
+        if p.path == "head" or (n["fsdp"] > 1 and not of_stream and not table):
+            size //= n["context"]
+        for axis in ("expert", "data") if "fsdp" in p.divided else ("expert", "fsdp", "data"):
+            yield Exchange("gradients", "all-reduce", axis, n[axis], size, runs)
+            size //= n[axis]
 
 
 def _added_to_stream(p: Parameter) -> bool:
@@ -119,6 +126,14 @@ def _ring(layout: Layout) -> Iterator[Exchange]:
     what, kind = "keys and values", "collective-permute"
     yield Exchange(what, kind, "context", n, layout.width * pair, runs * passes * (n - 1))
     yield Exchange(what, kind, "context", n, 4 * pair, runs * n)
+    # Into zigzag order: tokens, positions and documents' starts. Out of it: hidden states; back: their gradient.
+    yield Exchange("activations", kind, "context", n, 4 * layout.tokens // (2 if n == 2 else 1), 3 * layout.microbatches)
+    starts = 4 * layout.rows * layout.experiment.data.sequence_length  # a running maximum over the sequence
+    yield Exchange("activations", "all-gather", "context", n, starts, layout.microbatches)
+    hidden = layout.width * layout.tokens * model.embed_dim
+    if n == 2:  # half of the pieces are at home
+        hidden //= 2
+    yield Exchange("activations", kind, "context", n, hidden, 2 * layout.microbatches)
 
 
 def _loss(layout: Layout) -> Iterator[Exchange]:

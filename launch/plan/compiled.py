@@ -95,12 +95,13 @@ def lower(experiment: Experiment, mesh: Any):
     check_mesh(experiment, mesh)
     train, data = experiment.train, experiment.data
     # An accelerator's kernels can't be compiled here; this one keeps as much and also never holds a map.
-    backend = "reference" if train.attention == "reference" else "blockwise"
+    apart = "reference" if train.attention == "reference" else "blockwise"
+    backend = "ring" if mesh.shape["context"] > 1 else apart
     model = blueprint(experiment.model, Compute(train.dtype, backend, train.remat, train.scan_layers))
     optimizer = make_optimizer(experiment.optimizer, train.steps, model.decay, model.axes)
     shape = (data.batch_size, data.sequence_length)
     ids, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
-    segments = ids if data.isolate else None
+    segments = ids if data.isolate or backend == "ring" else None
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda params: first_step(train, optimizer, params), model.shapes)
         step = jit_train_step(model, train, optimizer, mesh)

@@ -210,8 +210,9 @@ def _axes(attributes: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 def _group(attributes: str) -> np.ndarray:
     """The devices of the first group of more than one, in any of the ways that HLO writes groups."""
-    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return np.array([int(match[1]), int(match[2])])
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        pairs = [pair.split(",") for pair in re.findall(r"\d+,\d+", match[1])]
+        return np.array(next((pair for pair in pairs if pair[0] != pair[1]), pairs[0]), int)
     text = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
     if text.startswith("{"):  # {{0,1},{2,3}}
         return np.array(re.match(r"\{\{([\d,]+)\}", text)[1].split(","), int)  # type: ignore[index]

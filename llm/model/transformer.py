@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from core.mesh import shard
+from core.mesh import num_shards, shard
 from core.module import Blueprint, param, stack
 from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
@@ -158,8 +158,9 @@ def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 
 def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """What such products give, summed over `tensor` and divided again."""
-    # In two steps: where `context` divides the sequence as well, XLA would else gather it whole in between.
-    return stream(shard(x, "act_batch", "act_seq", "act_embed"))
+    # In two steps where `context` divides the sequence as well: XLA would else gather it whole in between. Not
+    # elsewhere: remat that keeps products would keep this one whole over `tensor`.
+    return stream(shard(x, "act_batch", "act_seq", "act_embed") if num_shards("act_seq") > 1 else x)
 
 
 class Transformer(nnx.Module):
