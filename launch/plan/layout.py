@@ -156,3 +156,10 @@ class Layout:
         """Of the optimizer's state on one device."""
         state = _optimizer_state(self.model, self.experiment.optimizer.name)
         return sum(size // math.prod(self.mesh[axis] for axis in divided) for size, divided in state)
+
+    @property
+    def largest_optimizer_bytes(self) -> int:
+        """Of the state of the parameter that has most of it, on one device."""
+        largest = max((p.shape[0] if p.stacked else 1) * p.share(self.mesh) for p in self.parameters)
+        weights = self.parameter_bytes // 4
+        return self.optimizer_bytes * largest // weights

@@ -31,6 +31,8 @@ def at(moment: str, layout: Layout) -> dict[str, int]:
     sums = state if layout.microbatches > 1 else 0  # over microbatches so far
     copies = 2 if train.average else 1
     held = {"weights": copies * state, "optimizer": layout.optimizer_bytes}
+    if layout.experiment.optimizer.offload:  # fetched for the update, a parameter's at a time and the next's
+        held["optimizer"] = 0 if moment != "update" else 2 * layout.largest_optimizer_bytes
     if moment == "update":
         return held | {"gradients": state}
     kept = {"activations": layout.model.num_layers * kept_by_layer(layout, train.remat)}

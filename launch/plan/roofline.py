@@ -25,6 +25,8 @@ from llm.model.flops import matmul_parameters, training_flops_per_token, visible
 # on A100 and H100, and somewhat more of InfiniBand's.
 LINK_EFFICIENCY = 0.8
 
+HOST_BANDWIDTH = 25e9  # bytes a second each way between a device and its host: PCIe 4.0 x16 reaches about that
+
 
 class Times(NamedTuple):
     """Seconds of a step and what they are made of; `exchanges` by mesh axis, hidden or not."""
@@ -57,6 +59,8 @@ def times(layout: Layout, device: Device, efficiency: float | int) -> Times:
     compute = executed / layout.devices / (peak * efficiency)
     memory = _activation_traffic(layout) / device.memory_bandwidth
     update = _update_traffic(layout) / device.memory_bandwidth
+    if layout.experiment.optimizer.offload:  # there and back at once, but after the gradients
+        update += layout.optimizer_bytes / HOST_BANDWIDTH
     found = exchanges(layout)
     by_axis: dict[str, float] = {}
     hidden = waited = 0.0

@@ -64,7 +64,8 @@ def _sharers(plan: Plan) -> int:
     return mesh["tensor"] * mesh["context"]
 
 
-def _grid(title: str) -> Any:
+def grid(title: str) -> Any:
+    """An empty table in the style of the others."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -79,7 +80,7 @@ def _gb(size: float | int) -> str:
 
 
 def _memory(plan: Plan) -> Any:
-    table = _grid("memory of a device, GB")
+    table = grid("memory of a device, GB")
     table.add_column("kind")
     for moment in memory.MOMENTS:
         table.add_column(f"at its {moment}" if moment != "backward" else "backward", justify="right")
@@ -100,7 +101,7 @@ def _memory(plan: Plan) -> Any:
 
 def _time(plan: Plan) -> Any:
     found = plan.times
-    table = _grid("seconds of a step")
+    table = grid("seconds of a step")
     table.add_column("")
     table.add_column("s", justify="right")
     table.add_column("", style="dim")
@@ -125,7 +126,7 @@ def _time(plan: Plan) -> Any:
 
 
 def _traffic(plan: Plan) -> Any:
-    table = _grid("exchanges of a step: GB that a device sends")
+    table = grid("exchanges of a step: GB that a device sends")
     table.add_column("axis")
     table.add_column("what")
     table.add_column("kind")
@@ -160,7 +161,7 @@ def _budget(plan: Plan, tokens: float | int, price: float | None) -> str:
 def _check(plan: Plan, compiled: Compiled) -> Any:
     """What the compiled program shows beside what was computed, and why they differ."""
     layout = plan.layout
-    table = _grid(f"cross-check: the same step compiled for {layout.devices:,} CPU devices in {compiled.seconds:.0f} s")
+    table = grid(f"cross-check: the same step compiled for {layout.devices:,} CPU devices in {compiled.seconds:.0f} s")
     table.add_column("")
     table.add_column("plan", justify="right")
     table.add_column("program", justify="right")
@@ -189,7 +190,7 @@ def _check(plan: Plan, compiled: Compiled) -> Any:
 
 
 def print_sweep(out: Any, plans: Sequence[Plan], tried: int, shown: int, compiled: Sequence[Compiled]) -> None:
-    table = _grid(f"the fastest {min(shown, len(plans))} of {len(plans):,} that fit, {tried:,} tried")
+    table = grid(f"the fastest {min(shown, len(plans))} of {len(plans):,} that fit, {tried:,} tried")
     columns = ("", "mesh", "micro-\nbatches", "rows", "remat", "GB", "s/step", "tok/s\na device", "MFU", "bound by")
     for name in columns:
         table.add_column(name, justify="left" if name in ("mesh", "remat", "bound by") else "right")
@@ -207,7 +208,7 @@ def print_sweep(out: Any, plans: Sequence[Plan], tried: int, shown: int, compile
 
 
 def print_calibration(out: Any, outcomes: Sequence[Outcome]) -> None:
-    table = _grid("published throughputs, tokens a second and device")
+    table = grid("published throughputs, tokens a second and device")
     for name in ("system", "model", "devices", "length", "assumed", "published", "predicted", "error"):
         table.add_column(name, justify="left" if name in ("system", "model", "devices", "assumed") else "right")
     for row, predicted, error in outcomes:
