@@ -6,12 +6,12 @@ than a wrong one. So H100 NVL and H200 NVL are left out: their dense figures cou
 
 Bandwidths are bytes a second, of data sheets too. What one device sends to others, each way:
 - NVIDIA's, within a node: half of the NVLink figure, which adds both directions (600, 900, 1,800 GB/s for the
-  third to the fifth generation), or PCIe 5.0's 64 GB/s; between nodes: the network card that each GPU of a DGX
-  has for itself (A100: 200 Gbit/s; H100, H200, B200: 400 Gbit/s).
+  third to the fifth generation), or PCIe 5.0's 64 GB/s; between nodes: the network card that each GPU of a
+  DGX has for itself (A100: 200 Gbit/s; H100, H200, B200: 400 Gbit/s).
 - TPUs', within a slice: a ring over one mesh axis uses both directions of one axis of the torus, two links.
-  Cloud TPU's pages give a chip's links together, each way: v4 2,400 Gbit/s over 6, v5e 1,600 over 4, v5p 4,800
-  over 6, v6e 3,200 over 4. Between slices: a chip's share of the data center network (v4, v5p 50 Gbit/s, v5e
-  25, v6e 100). A "node" is the largest slice.
+  Cloud TPU's pages give a chip's links together, each way: v4 2,400 Gbit/s over 6, v5e 1,600 over 4, v5p
+  4,800 over 6, v6e 3,200 over 4. Between slices: a chip's share of the data center network (v4, v5p 50
+  Gbit/s, v5e 25, v6e 100). A "node" is the largest slice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m launch.plan --config FILE --mesh fsdp=64,tensor=8 --device a100-80gb`: what a run costs on a mesh.
+"""`python -m launch.plan --config FILE --mesh fsdp=64,tensor=8 --device NAME`: what a run costs on a mesh.
 
 Formulas fed by the parameters' own metadata, and the production step compiled for as many virtual devices
 beside them. No accelerator is needed.
@@ -10,7 +10,6 @@ import argparse
 import difflib
 import json
 import math
-import sys
 from pathlib import Path
 
 from core.config import add_arguments, load
@@ -105,14 +104,14 @@ def _plan(args: argparse.Namespace, experiment: Experiment, device, tokens: floa
 
 def _sweep(args: argparse.Namespace, experiment: Experiment, device, tokens: float | int) -> None:
     from launch.plan.compiled import compile_all
-    from launch.plan.plan import changed, remedies
+    from launch.plan.plan import remedies
     from launch.plan.sweep import plot_sweep, sweep
     from launch.plan.table import console, print_sweep
 
     plans, tried = sweep(experiment, args.sweep, args.device, device)
     if not tried:
         raise UserError(
-            f"--sweep {args.sweep}: no mesh of so many devices divides the batch, the heads and the sequence; "
+            f"--sweep {args.sweep}: no mesh of so many devices divides batch, heads and sequence; "
             "try a power of two"
         )
     fitting = [plan for plan in plans if plan.fits]
@@ -129,7 +128,9 @@ def _sweep(args: argparse.Namespace, experiment: Experiment, device, tokens: flo
               f"{experiment.data.sequence_length:,} tokens a step\n")  # fmt: skip
     if not fitting:
         least = min(plans, key=lambda plan: plan.peak)
-        out.print(f"[bold red]nothing fits[/]: the least is {least.peak / 1e9:,.1f} GB of {least.capacity / 1e9:,.0f}")
+        out.print(
+            f"[bold red]nothing fits[/]: the least is {least.peak / 1e9:,.1f} of {least.capacity / 1e9:,.0f} GB"
+        )
         for note, _ in remedies(least, device):
             out.print(f"the smallest change that would: [bold]{note}[/]")
             return

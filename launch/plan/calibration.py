@@ -89,7 +89,9 @@ def fitted_on(device: str) -> Row | None:
 
 
 def efficiency_of(device: str) -> float:
-    """What share of their peak its products reach. Where nothing published was fitted, the least of the fits."""
+    """What share of their peak its products reach. Where nothing published was fitted, the least of the
+    fits.
+    """
     row = fitted_on(device)
     return _fits()[row.device] if row else min(_fits().values())
 

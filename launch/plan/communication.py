@@ -13,8 +13,8 @@ from typing import NamedTuple
 from launch.plan.layout import Layout, Parameter
 from launch.plan.program import ring_bytes
 
-# These cross while products run: weights and gradients of a layer beside its neighbour's, keys and values beside
-# attention to those that came before. Activations are waited for.
+# These cross while products run: weights and gradients of a layer beside its neighbour's, keys and values
+# beside attention to those that came before. Activations are waited for.
 HIDDEN = ("weights", "gradients", "keys and values")
 
 
@@ -116,8 +116,9 @@ def _stream(layout: Layout) -> Iterator[Exchange]:
 
 
 def _ring(layout: Layout) -> Iterator[Exchange]:
-    """Attention over a sequence divided over `context`: keys and values go round the ring, and round again when
-    the layer is formed anew and in the backward pass; there their float32 gradients go with them, and home.
+    """Attention over a sequence divided over `context`: keys and values go round the ring, and round again
+    when the layer is formed anew and in the backward pass; there their float32 gradients go with them, and
+    home.
     """
     model, n = layout.model, layout.mesh["context"]
     pair = 2 * layout.tokens * model.num_kv_heads // layout.mesh["tensor"] * model.head_dim
@@ -126,8 +127,11 @@ def _ring(layout: Layout) -> Iterator[Exchange]:
     what, kind = "keys and values", "collective-permute"
     yield Exchange(what, kind, "context", n, layout.width * pair, runs * passes * (n - 1))
     yield Exchange(what, kind, "context", n, 4 * pair, runs * n)
-    # Into zigzag order: tokens, positions and documents' starts. Out of it: hidden states; back: their gradient.
-    yield Exchange("activations", kind, "context", n, 4 * layout.tokens // (2 if n == 2 else 1), 3 * layout.microbatches)
+    # Into zigzag order: tokens, positions and documents' starts. Out of it: hidden states; back: their
+    # gradient.
+    yield Exchange(
+        "activations", kind, "context", n, 4 * layout.tokens // (2 if n == 2 else 1), 3 * layout.microbatches
+    )
     starts = 4 * layout.rows * layout.experiment.data.sequence_length  # a running maximum over the sequence
     yield Exchange("activations", "all-gather", "context", n, starts, layout.microbatches)
     hidden = layout.width * layout.tokens * model.embed_dim
@@ -138,8 +142,9 @@ def _ring(layout: Layout) -> Iterator[Exchange]:
 
 def _loss(layout: Layout) -> Iterator[Exchange]:
     """Around the layers, for each microbatch: partial sums of looked-up embeddings are scattered and their
-    gradient gathered; the final hidden states are gathered and their gradient scattered, and gathered once more
-    in float32 on its way through the final norm. Of the logits, maxima and two sums cross for each chunk.
+    gradient gathered; the final hidden states are gathered and their gradient scattered, and gathered once
+    more in float32 on its way through the final norm. Of the logits, maxima and two sums cross for each
+    chunk.
     """
     model, n, runs = layout.model, layout.mesh["tensor"], layout.microbatches
     size = layout.width * layout.tokens * model.embed_dim

@@ -27,6 +27,8 @@ class Compiled(NamedTuple):
     seconds: float
     argument_bytes: int
     temporary_bytes: int
+    flops: float  # the bodies of loops counted once, as XLA does
+    gathered_bytes: float  # by all-gathers over all axes, in what `collective_bytes` holds
     collective_bytes: dict[str, float]
     collective_counts: dict[str, int]  # by kind and axis, as `all-gather fsdp`
 
@@ -46,8 +48,10 @@ def compile_all(experiments: Sequence[Experiment], devices: int) -> list[Compile
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"},
     )
     if done.returncode:
-        raise UserError(f"the step could not be compiled for {devices} devices (--no-compile leaves it out):\n"
-                        + done.stderr[-2000:])
+        raise UserError(
+            f"the step could not be compiled for {devices} devices (--no-compile leaves it out):\n"
+            + done.stderr[-2000:]
+        )
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
@@ -77,8 +81,10 @@ def compile_step(experiment: Experiment) -> Compiled:
     memory = compiled.memory_analysis()
     jax.clear_caches()
     return Compiled(
-        time.perf_counter() - started, memory.argument_size_in_bytes, memory.temp_size_in_bytes, sent, counts
-    )
+        time.perf_counter() - started, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        compiled.cost_analysis()["flops"],
+        sum(one.sent for one in found if one.kind == "all-gather"), sent, counts,
+    )  # fmt: skip
 
 
 def lower(experiment: Experiment, mesh: Any):
@@ -88,6 +94,7 @@ def lower(experiment: Experiment, mesh: Any):
 
     from core.optim import make_optimizer
     from llm.data.loader import Batch
+    from llm.model.attention import Backend
     from llm.model.transformer import Compute, blueprint
     from llm.setup import check_mesh
     from llm.step import first_step, jit_train_step
@@ -95,8 +102,9 @@ def lower(experiment: Experiment, mesh: Any):
     check_mesh(experiment, mesh)
     train, data = experiment.train, experiment.data
     # An accelerator's kernels can't be compiled here; this one keeps as much and also never holds a map.
-    apart = "reference" if train.attention == "reference" else "blockwise"
-    backend = "ring" if mesh.shape["context"] > 1 else apart
+    backend: Backend = "reference" if train.attention == "reference" else "blockwise"
+    if mesh.shape["context"] > 1:
+        backend = "ring"
     model = blueprint(experiment.model, Compute(train.dtype, backend, train.remat, train.scan_layers))
     optimizer = make_optimizer(experiment.optimizer, train.steps, model.decay, model.axes)
     shape = (data.batch_size, data.sequence_length)

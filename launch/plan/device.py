@@ -48,4 +48,3 @@ def find(name: str) -> Device:
         file.network_gb_per_second * 1e9,
         file.devices_per_node,
     )
-

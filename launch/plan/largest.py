@@ -33,7 +33,9 @@ class Largest(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.plan.largest", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.plan.largest", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--device", default="a100-80gb", metavar="NAME", help="or a YAML file of your own")
     parser.add_argument("--json", action="store_true", help="a JSON object a row")
     args = parser.parse_args(argv)
@@ -88,14 +90,17 @@ def largest(device: str, optimizer: str, remat: str, offload: bool) -> Largest:
 def _print(rows: list[Largest], device: str) -> None:
     from launch.plan.table import console, grid
 
-    table = grid(f"the largest model that trains on one {device}: bfloat16 products, a row of {LENGTH:,} tokens")
+    table = grid(
+        f"the largest model that trains on one {device}: bfloat16 products, a row of {LENGTH:,} tokens"
+    )
     for name in ("optimizer", "remat", "its state", "parameters", "width", "layers", "GB", "tokens/s", "MFU"):
         left = name in ("optimizer", "remat", "its state")
         table.add_column(name, justify="left" if left else "right")
     for row in rows:
         place = "on the host" if row.offload else "none" if row.optimizer == "sgd" else "on the device"
         table.add_row(
-            row.optimizer, row.remat, place, f"[bold]{short(row.parameters)}[/]", f"{row.width:,}", str(row.layers),
+            row.optimizer, row.remat, place, f"[bold]{short(row.parameters)}[/]", f"{row.width:,}",
+            str(row.layers),
             f"{row.peak_bytes / 1e9:.1f}", f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}",
         )  # fmt: skip
     console().print(table)

@@ -1,4 +1,5 @@
-"""A run as the plan sees it: the arrays of its state with what divides them, and one device's share of a batch.
+"""A run as the plan sees it: the arrays of its state with what divides them, and one device's share of a
+batch.
 
 Letters as in `llm.model.transformer`: B batch, S sequence, D embed, H heads, G key-value heads, K head
 dimension, F mlp, V vocabulary, L layers.
@@ -147,9 +148,7 @@ class Layout:
     @property
     def parameter_bytes(self) -> int:
         """Of the float32 weights on one device."""
-        return 4 * sum(
-            (p.shape[0] if p.stacked else 1) * p.share(self.mesh) for p in self.parameters
-        )
+        return 4 * sum((p.shape[0] if p.stacked else 1) * p.share(self.mesh) for p in self.parameters)
 
     @property
     def optimizer_bytes(self) -> int:

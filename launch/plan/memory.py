@@ -1,8 +1,8 @@
 """Bytes on one device, by kind, at the three moments of a step that can be its peak.
 
-What is held longest is exact: weights, optimizer and gradients from the parameters' metadata, activations from
-what `jax.checkpoint` keeps. What lives for a moment, a layer at work and buffers, is what a schedule that does
-nothing twice needs; a compiler may need less or more.
+What is held longest is exact: weights, optimizer and gradients from the parameters' metadata, activations
+from what `jax.checkpoint` keeps. What lives for a moment, a layer at work and buffers, is what a schedule
+that does nothing twice needs; a compiler may need less or more.
 
 The moments: `loss`, when all activations are kept and the head works; `backward`, when the last layer's
 backward pass begins; `update`, when the optimizer works and no activation is left.
@@ -38,15 +38,17 @@ def at(moment: str, layout: Layout) -> dict[str, int]:
     kept = {"activations": layout.model.num_layers * kept_by_layer(layout, train.remat)}
     if moment == "loss":
         return held | kept | {"gradients": sums, "logits": logits(layout)}
-    return held | kept | {"gradients": sums + state, "layer": layer_at_work(layout), "buffers": buffers(layout)}
+    return (
+        held | kept | {"gradients": sums + state, "layer": layer_at_work(layout), "buffers": buffers(layout)}
+    )
 
 
 def kept_by_layer(layout: Layout, remat: str) -> int:
     """What a layer keeps for its backward pass.
 
     `full`: its input alone, which lies divided over `tensor`. `dots`: besides it what each product with a
-    weight gave, but for the last, which nothing in the backward pass reads. `none`: what differentiation needs
-    and is not at hand otherwise, norms' insides in float32 among it; their outputs are kept as the
+    weight gave, but for the last, which nothing in the backward pass reads. `none`: what differentiation
+    needs and is not at hand otherwise, norms' insides in float32 among it; their outputs are kept as the
     products read them, whole over `tensor`.
     """
     model, width, t = layout.model, layout.width, layout.mesh["tensor"]
@@ -62,9 +64,11 @@ def kept_by_layer(layout: Layout, remat: str) -> int:
         return width * (stream * d + products + out)
     norms = 2 * (_norm(stream, d) + width * tokens * d)
     if model.qk_norm:
-        heads = (model.num_heads + model.num_kv_heads) // t
-        norms += _norm(tokens * heads, model.head_dim)
-    attention = width * tokens * (2 * q + 2 * kv) + 4 * tokens * model.num_heads // t  # the softmax's log-sums
+        norms += _norm(tokens * model.num_heads // t, model.head_dim)
+        norms += _norm(tokens * model.num_kv_heads // t, model.head_dim)
+    attention = (
+        width * tokens * (2 * q + 2 * kv) + 4 * tokens * model.num_heads // t
+    )  # the softmax's log-sums
     mlp = width * tokens * (3 if gated else 4) * f
     return norms + attention + mlp
 
@@ -99,8 +103,8 @@ def logits(layout: Layout) -> int:
 
 
 def buffers(layout: Layout) -> int:
-    """What communication holds beside: two layers' weights gathered in the products' dtype, one at work and one
-    on its way, and the largest gradient of a layer, float32, before it is divided.
+    """What communication holds beside: two layers' weights gathered in the products' dtype, one at work and
+    one on its way, and the largest gradient of a layer, float32, before it is divided.
     """
     gathered = [
         p.share(layout.mesh, gathered=("fsdp",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -158,4 +157,3 @@ def _doubled(number: int) -> Iterator[int]:
 def spelled(mesh: dict[str, int]) -> str:
     """As `--mesh` takes it."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
-

@@ -9,8 +9,8 @@ text, so a collective is counted as an accelerator would run it:
 - Partial sums are exchanged in the dtype that they are cast to: the CPU forms products in float32.
 - Two gathers of one array within a computation are one.
 
-A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a device
-then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all.
+A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a
+device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _of_computation(body: Sequence[Instruction], mesh: Mapping[str, int]) -> Ite
             continue
         axes = _axes(one.attributes, mesh)
         devices = math.prod(mesh[axis] for axis in axes)
-        kind, dtype, shape, key = one.opcode, one.dtype, one.shape, (one.arguments, one.shape)
+        kind, dtype, shape = one.opcode, one.dtype, one.shape
+        key: tuple = (one.arguments, shape)
         parts = 1
         if kind == "all-reduce":
             end, parts, dtype = _followed(one, users)
@@ -108,7 +109,9 @@ def _of_computation(body: Sequence[Instruction], mesh: Mapping[str, int]) -> Ite
             continue
         seen.add((kind, axes, *key))
         source = re.findall(r'op_name="([^"]*)"', one.attributes)
-        whole = Collective(kind, "", 1, BYTES[dtype] * math.prod(shape), dtype, 1, source[0] if source else "")
+        whole = Collective(
+            kind, "", 1, BYTES[dtype] * math.prod(shape), dtype, 1, source[0] if source else ""
+        )
         yield from _along_each(whole, axes, mesh, parts)
 
 

@@ -2,9 +2,9 @@
 
     step = max(compute + memory, hidden exchanges) + exchanges waited for + update
 
-What moves through memory between products is added to them, since kernels run one after the other. Products and
-attention run at one fraction of the dense peak, `efficiency`, fitted for each family of devices on
-one published throughput (`launch.plan.calibration`): it stands for all that is not modelled, such as launches,
+What moves through memory between products is added to them, since kernels run one after the other. Products
+and attention run at one fraction of the dense peak, `efficiency`, fitted for each family of devices on one
+published throughput (`launch.plan.calibration`): it stands for all that is not modelled, such as launches,
 shapes that fill a device badly and stragglers. Exchanges of weights and gradients hide behind compute, layer
 by layer, so only what passes it is felt; activations over `tensor` are waited for.
 """
@@ -15,17 +15,19 @@ from typing import NamedTuple
 
 from core.devices import Device
 from core.errors import UserError
-from launch.plan.communication import HIDDEN, Exchange, exchanges
+from launch.plan.communication import HIDDEN, exchanges
 from launch.plan.layout import Layout
 from launch.plan.memory import kept_by_layer
 from llm.model.config import ModelConfig
 from llm.model.flops import matmul_parameters, training_flops_per_token, visible_keys
 
-# Of the data sheet's bandwidth that large collectives reach: nccl-tests' bus bandwidth is about 0.8 of NVLink's
-# on A100 and H100, and somewhat more of InfiniBand's.
+# Of the data sheet's bandwidth that large collectives reach: nccl-tests' bus bandwidth is about 0.8 of
+# NVLink's on A100 and H100, and somewhat more of InfiniBand's.
 LINK_EFFICIENCY = 0.8
 
-HOST_BANDWIDTH = 25e9  # bytes a second each way between a device and its host: PCIe 4.0 x16 reaches about that
+HOST_BANDWIDTH = (
+    25e9  # bytes a second each way between a device and its host: PCIe 4.0 x16 reaches about that
+)
 
 
 class Times(NamedTuple):
@@ -103,9 +105,9 @@ def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float | int:
 
 
 def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: str) -> float | int:
-    """Operations beyond those that the model needs: the backward pass of every fast attention forms the scores
-    once more (half of the forward's products); with remat attention runs forward again, and with `full` so do
-    all products of a layer but the mlp's last, which nothing reads.
+    """Operations beyond those that the model needs: the backward pass of every fast attention forms the
+    scores once more (half of the forward's products); with remat attention runs forward again, and with
+    `full` so do all products of a layer but the mlp's last, which nothing reads.
     """
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * visible_keys(model, sequence_length)
     if remat == "none":
@@ -132,7 +134,9 @@ def _activation_traffic(layout: Layout) -> float | int:
 
 
 def _update_traffic(layout: Layout) -> float | int:
-    """Bytes that gradients and update move: sums over microbatches, the norm, and all state read and written."""
+    """Bytes that gradients and update move: sums over microbatches, the norm, and all state read and
+    written.
+    """
     state, train = layout.parameter_bytes, layout.experiment.train
     sums = 3 * state * layout.microbatches if layout.microbatches > 1 else 0
     average = 2 * state if train.average else 0

@@ -55,8 +55,8 @@ def _accumulations(experiment: Experiment, mesh: dict[str, int]) -> list[int]:
 
 
 def plot_sweep(plans: Sequence[Plan], title: str, path: Path) -> None:
-    """Plot tokens a second and device against memory, a point for each plan, the best of each memory joined by a
-    line, as a PNG at `path`. Points differ by what is divided over `tensor`.
+    """Plot tokens a second and device against memory, a point for each plan, the best of each memory joined
+    by a line, as a PNG at `path`. Points differ by what is divided over `tensor`.
     """
     from core.plots import INK, RED, new_figure, save, style
 

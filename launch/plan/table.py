@@ -8,8 +8,8 @@ from typing import Any
 
 from core.words import duration, exponent, short
 from launch.plan import memory
-from launch.plan.communication import HIDDEN
 from launch.plan.calibration import Outcome, fitted_on
+from launch.plan.communication import HIDDEN
 from launch.plan.compiled import Compiled
 from launch.plan.plan import Plan, spelled
 
@@ -108,10 +108,11 @@ def _time(plan: Plan) -> Any:
     row = fitted_on(plan.device)
     source = f"fitted on {row.system}'s {row.config} on {row.devices} {row.device}" if row else "assumed"
     again = found.executed_flops / found.flops - 1
+    each = plan.tokens_per_second / plan.layout.devices
     table.add_row(
         "compute", f"{found.compute:.2f}",
-        f"{exponent(found.executed_flops)} FLOPs, {again:.0%} of them again; at {plan.efficiency:.0%} of the peak, "
-        f"{source}",
+        f"{exponent(found.executed_flops)} FLOPs, {again:.0%} of them again; "
+        f"at {plan.efficiency:.0%} of the peak, {source}",
     )  # fmt: skip
     table.add_row("memory", f"{found.memory:.2f}", "between products, about")
     table.add_row("exchanges", f"{found.exposed:.2f}", "waited for; see below")
@@ -119,8 +120,8 @@ def _time(plan: Plan) -> Any:
     table.add_section()
     table.add_row(
         "[bold]step[/]", f"[bold]{found.step:.2f}[/]",
-        f"[not dim][bold]{short(plan.tokens_per_second)} tokens/s[/], {plan.tokens_per_second / plan.layout.devices:,.0f} "
-        f"a device, [bold]MFU {found.mfu:.1%}[/]; bound by [bold]{found.bound_by}[/][/]",
+        f"[not dim][bold]{short(plan.tokens_per_second)} tokens/s[/], {each:,.0f} a device, "
+        f"[bold]MFU {found.mfu:.1%}[/]; bound by [bold]{found.bound_by}[/][/]",
     )  # fmt: skip
     return table
 
@@ -161,7 +162,9 @@ def _budget(plan: Plan, tokens: float | int, price: float | None) -> str:
 def _check(plan: Plan, compiled: Compiled) -> Any:
     """What the compiled program shows beside what was computed, and why they differ."""
     layout = plan.layout
-    table = grid(f"cross-check: the same step compiled for {layout.devices:,} CPU devices in {compiled.seconds:.0f} s")
+    table = grid(
+        f"cross-check: the same step compiled for {layout.devices:,} CPU devices in {compiled.seconds:.0f} s"
+    )
     table.add_column("")
     table.add_column("plan", justify="right")
     table.add_column("program", justify="right")
@@ -183,15 +186,28 @@ def _check(plan: Plan, compiled: Compiled) -> Any:
         same = "equal but for scalars" if abs(ours - theirs) <= 1e-3 * max(ours, theirs) else "DIFFERENT"
         table.add_row(f"sent over {axis}, GB", f"{ours / 1e9:,.2f}", f"{theirs / 1e9:,.2f}", same)
     table.caption = (
-        "counted just after partitioning: sums whose slices are read as reduce-scatters, which the CPU never emits, "
-        "in the dtype that they are cast to"
+        "counted just after partitioning: sums whose slices are read as reduce-scatters, which the CPU never "
+        "emits, in the dtype that they are cast to"
     )
     return table
 
 
-def print_sweep(out: Any, plans: Sequence[Plan], tried: int, shown: int, compiled: Sequence[Compiled]) -> None:
+def print_sweep(
+    out: Any, plans: Sequence[Plan], tried: int, shown: int, compiled: Sequence[Compiled]
+) -> None:
     table = grid(f"the fastest {min(shown, len(plans))} of {len(plans):,} that fit, {tried:,} tried")
-    columns = ("", "mesh", "micro-\nbatches", "rows", "remat", "GB", "s/step", "tok/s\na device", "MFU", "bound by")
+    columns = (
+        "",
+        "mesh",
+        "micro-\nbatches",
+        "rows",
+        "remat",
+        "GB",
+        "s/step",
+        "tok/s\na device",
+        "MFU",
+        "bound by",
+    )
     for name in columns:
         table.add_column(name, justify="left" if name in ("mesh", "remat", "bound by") else "right")
     for place, plan in enumerate(plans[:shown], 1):
@@ -210,7 +226,9 @@ def print_sweep(out: Any, plans: Sequence[Plan], tried: int, shown: int, compile
 def print_calibration(out: Any, outcomes: Sequence[Outcome]) -> None:
     table = grid("published throughputs, tokens a second and device")
     for name in ("system", "model", "devices", "length", "assumed", "published", "predicted", "error"):
-        table.add_column(name, justify="left" if name in ("system", "model", "devices", "assumed") else "right")
+        table.add_column(
+            name, justify="left" if name in ("system", "model", "devices", "assumed") else "right"
+        )
     for row, predicted, error in outcomes:
         table.add_row(
             row.system, row.config, f"{row.devices} {row.device}", f"{row.length:,}",

@@ -25,7 +25,7 @@ from launch.plan.calibration import ROWS, outcomes
 from launch.plan.communication import exchanges
 from launch.plan.compiled import compile_step, lower
 from launch.plan.device import find
-from launch.plan.layout import Layout, sizes
+from launch.plan.layout import Layout
 from launch.plan.plan import make_plan, remedies
 from launch.plan.program import collectives, ring_bytes
 from launch.plan.roofline import bandwidth
@@ -57,7 +57,8 @@ def small(mesh: MeshConfig, optimizer: str = "adamw", model: dict | None = None,
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama3-70b", 70_553_706_496), ("llama2-70b", 68_976_648_192), ("llama3-8b", 8_030_261_248)]
+    ("name", "count"),
+    [("llama3-70b", 70_553_706_496), ("llama2-70b", 68_976_648_192), ("llama3-8b", 8_030_261_248)],
 )
 def test_parameters_of_known_shapes(name, count):
     plan = make_plan(load(Experiment, CONFIGS / f"{name}.yaml"), "a100-80gb", A100)
@@ -65,7 +66,9 @@ def test_parameters_of_known_shapes(name, count):
 
 
 def test_a_small_model_by_hand():
-    """Two layers of D=8, H=2, G=1, K=4, F=16, V=32 over fsdp=2, tensor=... 1; 4 rows of 8, two microbatches."""
+    """Two layers of D=8, H=2, G=1, K=4, F=16, V=32 over fsdp=2, tensor=... 1; 4 rows of 8, two
+    microbatches.
+    """
     experiment = Experiment(
         run=RunConfig(name="hand"),
         data=DataConfig(sequence_length=8, batch_size=8),
@@ -104,7 +107,9 @@ def test_a_small_model_by_hand():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_kinds_sum_to_the_peak(remat, accumulation):
-    plan = make_plan(small(MeshConfig(data=2, fsdp=4), remat=remat, accumulation=accumulation), "h100", DEVICES["h100"])
+    plan = make_plan(
+        small(MeshConfig(data=2, fsdp=4), remat=remat, accumulation=accumulation), "h100", DEVICES["h100"]
+    )
     answer = plan.as_json(1, None)
     assert sum(answer["bytes_per_device"].values()) == answer["peak_bytes_per_device"]
     most = max(sum(memory.at(moment, plan.layout).values()) for moment in memory.MOMENTS)
@@ -189,7 +194,9 @@ def test_the_state_is_the_compiled_steps_arguments(optimizer):
     experiment = small(MeshConfig(data=2, fsdp=2, tensor=2), optimizer, average=0.9)
     layout = Layout.of(experiment)
     held = memory.at("update", layout)
-    arguments = lower(experiment, make_mesh(experiment.mesh)).compile().memory_analysis().argument_size_in_bytes
+    arguments = (
+        lower(experiment, make_mesh(experiment.mesh)).compile().memory_analysis().argument_size_in_bytes
+    )
     batch = 5 * 4 * 16 * 256 // 4 + 4  # five arrays over data and fsdp; the step
     assert arguments == held["weights"] + held["optimizer"] + batch
 
@@ -305,9 +312,19 @@ def test_json_is_one_object_with_the_keys_that_scripts_rely_on(plan_command):
 
 def test_the_tables_tell_it(plan_command, tmp_path):
     told = plan_command("--mesh", "fsdp=64,tensor=8", "--no-compile", "--tokens", "1e12")
-    for piece in ("512 x a100-80gb", "backward", "tokens/s", "MFU", "bound by", "1.00T tokens", "device-hours"):
+    for piece in (
+        "512 x a100-80gb",
+        "backward",
+        "tokens/s",
+        "MFU",
+        "bound by",
+        "1.00T tokens",
+        "device-hours",
+    ):
         assert piece in told
-    assert "does not fit" in plan_command("--mesh", "fsdp=8,tensor=8", "--no-compile", "--set", "train.accumulation=2")
+    assert "does not fit" in plan_command(
+        "--mesh", "fsdp=8,tensor=8", "--no-compile", "--set", "train.accumulation=2"
+    )
     told = plan_command("--sweep", "256", "--no-compile", "--plot", str(tmp_path / "sweep.png"))
     assert "tok/s" in told and (tmp_path / "sweep.png").stat().st_size > 10_000
 
