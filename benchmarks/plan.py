@@ -3,9 +3,8 @@
     python -m benchmarks.plan [--only weak] [--json FILE]
 
 `time`: seconds from the command to its answer, and of them compiling, against layers and devices.
-`weak`: a small model over fsdp = 8 to 1,024 virtual devices at constant tokens on each. In the compiled programs
-operations per device stay what they are, bytes gathered follow (n - 1) / n, and the state that is divided 1
-/ n.
+`weak`: a small model over fsdp = 8 to 1,024 virtual devices at constant tokens on each. In the compiled
+programs operations per device stay what they are, bytes gathered follow (n - 1) / n, and divided state 1 / n.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _sweep(args: argparse.Namespace, experiment: Experiment, device, tokens: flo
     if not fitting:
         least = min(plans, key=lambda plan: plan.peak)
         out.print(
-            f"[bold red]nothing fits[/]: the least is {least.peak / 1e9:,.1f} of {least.capacity / 1e9:,.0f} GB"
+            f"[bold red]nothing fits[/]: the least is {least.peak / 1e9:,.1f} of {device.memory / 1e9:.0f} GB"
         )
         for note, _ in remedies(least, device):
             out.print(f"the smallest change that would: [bold]{note}[/]")
