@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from core import manifest
+from core.distributed import on_first
 from core.errors import UserError
 from core.files import sync_folder
 from core.run import RunFolder
@@ -131,23 +131,11 @@ class Checkpointer:
             UserError: when all are damaged, or one is of a newer format.
         """
         items = ("meta", "params", "opt") if optimizer else ("meta", "params")
-        if jax.process_count() == 1:
-            return self._find_intact(items)
         # One process reads the files, and all go on from the same step, or fail together.
-        step, error = -1, None
-        if jax.process_index() == 0:
-            try:
-                found = self._find_intact(items)
-                step = -1 if found is None else found
-            except UserError as failed:
-                step, error = -2, failed
-        step = int(multihost_utils.broadcast_one_to_all(step))
-        if step == -2:
-            raise error or UserError(
-                f"no checkpoint in {self.folder} can be used: the first process says why"
-            )
-        self._verified |= {(step, item) for item in items}
-        return None if step == -1 else step
+        step = on_first(lambda: self._find_intact(items))
+        if step is not None:
+            self._verified |= {(step, item) for item in items}
+        return step
 
     def restore(self, step: int, params_target: Any, opt_target: Any) -> tuple[Any, Any]:
         """The parameters and the optimizer state of `step`, bit for bit as they were saved.

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -21,7 +22,7 @@ def run_command(main: Callable[[list[str]], None], again: str = "run the same co
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        end(2, str(error))
     except BrokenPipeError:
         # The reader went away (`| head`): that is its right, and Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -30,12 +31,22 @@ def run_command(main: Callable[[list[str]], None], again: str = "run the same co
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(_fail(f"the disk is full{where}: free some space and {again}"))
+        end(2, f"the disk is full{where}: free some space and {again}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(130, "")
 
 
-def _fail(message: str) -> int:
+def tell(message: str) -> None:
+    """Print an error message, after what the program printed before."""
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)
-    return 2
+
+
+def _end_alone(code: int, message: str) -> NoReturn:
+    if message:
+        tell(message)
+    sys.exit(code)
+
+
+# How a command ends; `core.distributed` puts here what ends a job of several processes.
+end: Callable[[int, str], NoReturn] = _end_alone

@@ -14,15 +14,31 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 15.0
+_quiet = False
 
 
 def setup(*packages: str) -> None:
-    """Show messages of `core` and `packages` from INFO on, and other libraries' from WARNING on."""
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    """Show messages of `core` and `packages` from INFO on, and other libraries' from WARNING on.
+
+    In a file each is one line, so that it can be searched for, paths and all.
+    """
+    handler: logging.Handler = logging.StreamHandler()
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
     handler.setFormatter(_LevelFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("core", *packages):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def only_warnings(name: str) -> None:
+    """Show warnings alone from here on, each after `name`: of many processes with one task, one speaks."""
+    global _quiet
+    _quiet = True
+    root = logging.getLogger()
+    for handler in root.handlers:
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_LevelFormatter(f"{name}: %(message)s"))
 
 
 class _LevelFormatter(logging.Formatter):
@@ -41,6 +57,9 @@ def progress(
         total: None where it is not known.
         show: how an amount is written, for example `in_bytes`.
     """
+    if _quiet:
+        yield lambda done, status="": None
+        return
     of_total = "" if total is None else f"/{show(total)}"
     if console.is_terminal:
         columns = ("{task.description}", BarColumn(), "{task.fields[status]}", TimeRemainingColumn())

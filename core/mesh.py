@@ -42,6 +42,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "act_head_dim": None,
     "act_mlp": "tensor",
     "act_vocab": "tensor",
+    "act_experts": "expert",
+    "act_slots": ("data", "fsdp", "context"),  # rows of an expert, wherever their tokens came from
+    "act_slot_stream": ("data", "fsdp", "context", "tensor"),  # the same between products
 }
 
 
@@ -52,17 +55,7 @@ def make_mesh(options: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         UserError: if the axes' product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(options, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    if rest and len(devices) % fixed == 0:
-        sizes[rest[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
-        raise UserError(
-            f"the mesh {asked or 'of one device'} does not match the {len(devices)} {devices[0].platform} "
-            "device(s) here: the product of its axes must be the number of devices (-1 takes the rest)"
-        )
+    sizes = options.sizes(len(devices), devices[0].platform)
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -102,8 +95,12 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def num_shards(axis: str) -> int:
     """How many pieces a logical axis is divided into under `jax.set_mesh`; without a mesh, one."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in mesh_axes(axis))
+    return mesh_parts(jax.sharding.get_abstract_mesh(), axis)
+
+
+def mesh_parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """How many pieces a logical axis is divided into on `mesh`."""
+    return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(axis))
 
 
 def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
@@ -114,7 +111,7 @@ def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]
     """
     for key, (axis, size) in sizes.items():
         names = mesh_axes(axis)
-        parts = math.prod(mesh.shape[name] for name in names)
+        parts = mesh_parts(mesh, axis)
         if size % parts:
             where = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
             raise UserError(f"{key} ({size}) does not divide over {where}: choose one that does")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from core.distributed import is_first, on_first
 from core.files import write_atomically
 from core.run import RunFolder, plain
 
@@ -21,16 +22,17 @@ class MetricsWriter:
     """Appends to `metrics.jsonl`, one flat JSON object a step, and shows the same to TensorBoard.
 
     What is written is in the file when `write` returns, and survives a SIGKILL. To write a step before its
-    checkpoint is what makes the file of a resumed run whole. With several processes, only the first has a
-    writer.
+    checkpoint is what makes the file of a resumed run whole. With several processes each has a writer, and
+    the first one's writes.
     """
 
     def __init__(self, run: RunFolder, start_step: int = 0):
         """Open the files of `run`; lines past `start_step`, where the run goes on from, are removed."""
-        _remove_after(run.metrics, start_step)
-        self._last = max((record["step"] for _, record in _lines(run.metrics)), default=-1)
-        self._file = open(run.metrics, "ab")  # noqa: SIM115
-        self._events = _Events(run.tensorboard, start_step)
+        on_first(lambda: _remove_after(run.metrics, start_step))
+        self._files: tuple[IO[bytes], _Events] | None = None
+        if is_first():
+            self._last = max((record["step"] for _, record in _lines(run.metrics)), default=-1)
+            self._files = open(run.metrics, "ab"), _Events(run.tensorboard, start_step)  # noqa: SIM115
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -44,17 +46,20 @@ class MetricsWriter:
         A value that isn't finite stands as null in the file, since JSON has neither NaN nor infinities, and
         as what it is in TensorBoard. Raises `OSError` with the file's name, on a full disk for example.
         """
+        if self._files is None:
+            return
         if step <= self._last:
             raise ValueError(f"step {step} after step {self._last}")
         self._last = step
+        file, events = self._files
         record = {"step": step} | {name: plain(value) for name, value in values.items()}
-        with _naming(self._file):
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        self._events.write(step, values)
+        with _naming(file):
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+        events.write(step, values)
 
     def close(self) -> None:
-        for file in (self._file, self._events):
+        for file in self._files or ():
             with contextlib.suppress(OSError):  # each write flushes, so what fails here was told by `write`
                 file.close()
 

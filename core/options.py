@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from core.config import config
+from core.errors import UserError
 
 
 @config
@@ -48,6 +50,25 @@ class MeshConfig:
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ValueError("more than one mesh axis is -1: only one can take the remaining devices")
         return self
+
+    def sizes(self, devices: int, kind: str = "") -> dict[str, int]:
+        """The size of each axis on that many devices, of a `kind` that the message names.
+
+        Raises:
+            UserError: if their product is not the number of devices.
+        """
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "context", "expert")}
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        rest = [name for name, size in sizes.items() if size == -1]
+        if rest and devices % fixed == 0:
+            sizes[rest[0]] = devices // fixed
+        if math.prod(sizes.values()) != devices:
+            asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
+            raise UserError(
+                f"the mesh {asked or 'of one device'} does not match the {devices} {kind or 'planned'} "
+                "device(s): the product of its axes must be the number of devices (-1 takes the rest)"
+            )
+        return sizes
 
 
 @config

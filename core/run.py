@@ -118,13 +118,14 @@ class RunFolder:
             write_atomically(run.environment, json.dumps([*starts, describe_environment()], indent=1) + "\n")
         return run
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from, good or damaged."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
     def _has_begun(self) -> bool:
         has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return (
-            has_metrics
-            or self.rewinds.exists()
-            or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
-        )
+        return has_metrics or self.rewinds.exists() or self.has_checkpoint
 
     @classmethod
     def open(cls, folder: Path) -> RunFolder:

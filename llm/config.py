@@ -72,6 +72,8 @@ class TrainConfig:
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"] = "auto"
+    # How tokens go to their experts: in slots, or only the rows there are, which takes a GPU.
+    experts: Literal["padded", "ragged"] = "padded"
 
 
 @config

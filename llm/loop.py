@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from core.checkpoint import Checkpointer
 from core.config import to_dict
+from core.distributed import LOST_PEER, AnyProcess, on_first
 from core.divergence import Alarm, Monitor
 from core.errors import UserError
 from core.log import progress
@@ -25,7 +27,7 @@ from llm.generate import sample_texts
 from llm.meter import Meter
 from llm.prepare import token_bytes
 from llm.report import append_samples, finish
-from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds
+from llm.rewind import Span, append_rewind, batch_of, merged, plan, read_rewinds, rewind_of
 from llm.setup import Setup, set_up
 from llm.start import first_state, state_at
 from llm.step import State, jit_train_step, local_rows, put_batch, split
@@ -43,11 +45,12 @@ class Programs(NamedTuple):
 def train(experiment: Experiment, *, resume: bool = False, profile: int | None = None) -> None:
     """Train until `train.steps`, or until SIGTERM or Ctrl-C, which save and return.
 
+    With several processes each calls this, and a signal to one stops all. The first writes the run's folder,
+    which all of them see.
+
     Raises:
         UserError: for anything in the configuration, the data or the run folder that the user can mend.
     """
-    if jax.process_count() > 1:
-        raise UserError("training with several processes is not supported yet: start one")
     setup = set_up(experiment, resume)
     run, steps, keep = setup.run, experiment.train.steps, experiment.checkpoint.keep
     # Signals are minded until the last save, which the checkpointer waits for, is on the disk.
@@ -56,18 +59,22 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         start = int(state.step)
         if profile is not None and not start < profile <= steps:
             raise UserError(f"--profile {profile}: the steps to do are those after {start} up to {steps}")
-        setup.text.tokenizer.save(run.tokenizer)
+        on_first(lambda: setup.text.tokenizer.save(run.tokenizer))
         programs = _compile(setup)
-        state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
+        stopping = AnyProcess(lambda: stop.signal is not None, setup.mesh)
+        state, outcome = _run_steps(setup, programs, state, checkpointer, stopping, profile)
         while isinstance(outcome, Alarm):
             del state  # or the device would hold two of them
             state = _rewind(setup, outcome, checkpointer)
-            state, outcome = _run_steps(setup, programs, state, checkpointer, stop, profile)
+            state, outcome = _run_steps(setup, programs, state, checkpointer, stopping, profile)
     done = int(state.step)
     if done < steps:
-        _log.info("%s: saved step %d in %s; go on with --resume", stop.signal, done, run.path)
+        reason = stop.signal or "another process is told to stop"
+        _log.info("%s: saved step %d in %s; go on with --resume", reason, done, run.path)
+        if stop.signal is None:
+            sys.exit(LOST_PEER)  # so that a supervisor knows that this one could go on
     else:
-        finish(run, experiment, setup.text, setup.model.count, outcome)
+        on_first(lambda: finish(run, experiment, setup.text, setup.model.count, outcome))
 
 
 def _compile(setup: Setup) -> Programs:
@@ -84,7 +91,7 @@ def _run_steps(
     programs: Programs,
     state: State,
     checkpointer: Checkpointer,
-    stop: Stop,
+    stopping: AnyProcess,
     profile: int | None,
 ) -> tuple[State, list[str] | Alarm]:
     """The state after the last step and the samples of the last evaluation; or what went wrong before it."""
@@ -93,7 +100,7 @@ def _run_steps(
     skipped = [rewind.skipped for rewind in read_rewinds(run.rewinds)]
     batches = prefetch(_batches(setup, start, skipped))
     meter = Meter(experiment, mesh)
-    samples: list[str] = []
+    samples = _sample(setup, state, start) if start == steps else []  # of a run that is done already
     with (
         contextlib.closing(batches),
         MetricsWriter(run, start) as writer,
@@ -106,6 +113,7 @@ def _run_steps(
                 batch = put_batch(next(batches), mesh)
             _profile(tracing, run, profile, step)
             state, metrics = programs.train_step(state, batch)
+            stopping.ask()
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
             values |= meter.measure(step)
             alarm = monitor.observe(step, values)
@@ -121,11 +129,11 @@ def _run_steps(
             if alarm is not None:
                 return state, alarm
             update(step, f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s")
-            stopping = stop.signal is not None
-            if stopping or _is_due(experiment.checkpoint.every, step, steps):
+            last = stopping.answer()
+            if last or _is_due(experiment.checkpoint.every, step, steps):
                 with meter.lap("checkpoint"):
                     _save(setup, state, step, skipped, monitor.good, checkpointer)
-            if stopping:
+            if last:
                 break
     return state, samples
 
@@ -147,19 +155,26 @@ def _monitor(setup: Setup) -> Monitor:
 
 def _rewind(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> State:
     """The state to go on from after `alarm`; what was skipped and why is in the run's record."""
-    experiment, run = setup.experiment, setup.run
     checkpointer.wait()
-    before = read_rewinds(run.rewinds)
-    rewind = plan(alarm, before, checkpointer.intact_steps(), experiment.divergence)
-    lost = [line["loss"] for line in read_metrics(run.metrics) if line["step"] > rewind.restored]
+    rewind = rewind_of(on_first(lambda: _plan(setup, alarm, checkpointer)))
     # In this order: whatever a kill comes between, a resumed run goes on before the bad batches.
     checkpointer.discard_after(rewind.restored)
-    append_rewind(run.rewinds, rewind._replace(lost_loss=[plain(loss) for loss in lost]))
+    on_first(lambda: append_rewind(setup.run.rewinds, rewind))
     _log.warning(
         "step %d: %s; back to step %d, past batches %d to %d (%s)",
-        alarm.step, alarm.reason, rewind.restored, rewind.skipped[0], rewind.skipped[1] - 1, run.rewinds,
+        alarm.step, alarm.reason, rewind.restored, rewind.skipped[0], rewind.skipped[1] - 1,
+        setup.run.rewinds,
     )  # fmt: skip
     return state_at(setup, checkpointer, rewind.restored)
+
+
+def _plan(setup: Setup, alarm: Alarm, checkpointer: Checkpointer) -> dict[str, Any]:
+    """Where to go back to, and what is lost by it."""
+    run = setup.run
+    before = read_rewinds(run.rewinds)
+    rewind = plan(alarm, before, checkpointer.intact_steps(), setup.experiment.divergence)
+    lost = [line["loss"] for line in read_metrics(run.metrics) if line["step"] > rewind.restored]
+    return rewind._replace(lost_loss=[plain(loss) for loss in lost])._asdict()
 
 
 def _batches(setup: Setup, start: int, skipped: Sequence[Span]) -> Iterator[Batch]:
@@ -192,7 +207,7 @@ def _sample(setup: Setup, state: State, step: int) -> list[str]:
         dtype=experiment.train.dtype,
     )
     samples = [prompt + text for prompt, text in zip(options.prompts, texts, strict=True)]
-    append_samples(setup.run, step, samples)
+    on_first(lambda: append_samples(setup.run, step, samples))
     return samples
 
 

@@ -169,7 +169,9 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
     options = experiment.tokenizer
     named = None if options.path is None else Tokenizer.load(options.path)
     if experiment.init.source is not None:  # weights mean nothing under another vocabulary
-        theirs = Tokenizer.load(RunFolder.open(Path(experiment.init.source)).tokenizer)
+        own = RunFolder(experiment.run.folder)  # which needs the other no more once it has a checkpoint
+        run = own if own.has_checkpoint else RunFolder.open(Path(experiment.init.source))
+        theirs = Tokenizer.load(run.tokenizer)
         if named is not None and named.fingerprint != theirs.fingerprint:
             raise UserError(
                 f"tokenizer.path: {named.path} is not the tokenizer of init.from's weights ({theirs.path}), "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 from rich.console import Console
@@ -52,11 +52,13 @@ def finish(
     """Write `summary.json` and the plot, and print the table and the last `samples`."""
     metrics = read_metrics(run.metrics)
     last = metrics[-1]
+    stalls = [line["checkpoint_seconds"] for line in metrics if line["checkpoint_seconds"] > 0]
     summary = {
         "heldout_bits_per_byte": last["heldout_bits_per_byte"],
         "heldout_loss": last["heldout_loss"],
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
         "train_seconds": sum(line["data_seconds"] + line["compute_seconds"] for line in metrics),
+        "checkpoint_stall_seconds": mean(stalls) if stalls else 0.0,  # that a save held training up
         "tokens": last["tokens"],
         "parameters": parameters,
         "rewinds": len(read_rewinds(run.rewinds)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.divergence import Alarm
 from core.errors import UserError
@@ -103,12 +103,16 @@ def read_rewinds(path: Path) -> list[Rewind]:
     if not path.exists():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Rewind(**{**line, "skipped": tuple(line["skipped"])}) for line in lines]
+        return [rewind_of(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path} is damaged: it says which batches the run passes over; bring it back from a copy"
         ) from None
+
+
+def rewind_of(line: dict[str, Any]) -> Rewind:
+    """The inverse of `_asdict`, by way of JSON."""
+    return Rewind(**{**line, "skipped": tuple(line["skipped"])})
 
 
 def append_rewind(path: Path, rewind: Rewind) -> None:

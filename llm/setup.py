@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from core.config import to_yaml
+from core.distributed import first_before_others, on_first
 from core.errors import UserError
 from core.mesh import check_divides, make_mesh
 from core.module import Blueprint
@@ -18,6 +19,7 @@ from core.run import RunFolder
 from llm.config import Experiment
 from llm.generate import encode_prompt
 from llm.model.attention import choose_backend
+from llm.model.ragged import check_path
 from llm.model.transformer import Compute, blueprint
 from llm.prepare import Text, prepare
 from llm.tokenizer import Tokenizer
@@ -44,10 +46,12 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
-    _check_initial(experiment.init.source)  # before a folder of this run's stands where that one is missing
+    if not RunFolder(experiment.run.folder).has_checkpoint:
+        _check_initial(experiment.init.source)  # before a folder of this run's stands where it is missing
     model, optimizer = _model(experiment, mesh)
-    run = RunFolder.create(experiment.run.folder, to_yaml(experiment), resume)
-    text = prepare(experiment)
+    run = RunFolder(experiment.run.folder)
+    on_first(lambda: _create(run, experiment, resume))
+    text = first_before_others(lambda: prepare(experiment))
     _check_prompts(experiment, text.tokenizer)
     return Setup(experiment, run, mesh, model, optimizer, text)
 
@@ -63,13 +67,20 @@ def _model(experiment: Experiment, mesh: Mesh) -> tuple[Blueprint, Optimizer]:
         isolated=experiment.data.isolate,
         context=mesh.shape["context"],
     )
-    model = blueprint(experiment.model, Compute(options.dtype, backend, options.remat, options.scan_layers))
+    check_path(options.experts, jax.default_backend(), experiment.model.moe)
+    compute = Compute(options.dtype, backend, options.remat, options.scan_layers, options.experts)
+    model = blueprint(experiment.model, compute)
     device = jax.devices()[0]
     _log.info(
-        "%.1fM parameters on %d x %s; %s products, %s attention",
+        "%.1fM parameters on %d x %s; %s products, %s attention%s",
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
+        f", {options.experts} experts" if experiment.model.moe else "",
     )  # fmt: skip
     return model, make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
+
+
+def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:
+    RunFolder.create(run.path, to_yaml(experiment), resume)
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
@@ -79,7 +90,13 @@ def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
         UserError: naming the key that doesn't, and the mesh axes.
     """
     model, data = experiment.model, experiment.data
-    if mesh.shape["expert"] > 1:
+    if model.moe is not None:
+        own = {
+            "model.moe.num_experts": ("experts", model.moe.num_experts),
+            "model.moe.shared_mlp_dim": ("mlp", model.moe.shared_mlp_dim),
+        }
+        check_divides(mesh, own)
+    elif mesh.shape["expert"] > 1:
         raise UserError(
             f"mesh.expert is {mesh.shape['expert']}, but the model has no experts to divide: use mesh.data"
         )

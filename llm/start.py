@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from core.checkpoint import Checkpointer, newest_params
-from core.config import load
+from core.config import load, to_dict
 from core.errors import UserError
 from core.mesh import shardings
 from core.module import Blueprint, Params
 from core.run import RunFolder
 from llm.config import Experiment
+from llm.model.config import ModelConfig
 from llm.model.transformer import blueprint
 from llm.prepare import Text
 from llm.rewind import merged, read_rewinds
@@ -49,7 +50,7 @@ def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
     if step == 0:
         if experiment.init.source is None:
             return init_state(model, train, optimizer, mesh, experiment.seed)
-        params = load_params(RunFolder.open(Path(experiment.init.source)), model, mesh)
+        params = load_params(RunFolder.open(Path(experiment.init.source)), experiment.model, model, mesh)
         make = functools.partial(first_step, train, optimizer)
         return jax.jit(make, out_shardings=where)(params)
     shapes = jax.eval_shape(functools.partial(first_step, train, optimizer), model.shapes)
@@ -87,18 +88,29 @@ def _require_record(checkpointer: Checkpointer, step: int, run: RunFolder) -> No
         )
 
 
-def load_params(run: RunFolder, model: Blueprint, mesh: Mesh) -> Params:
+def load_params(run: RunFolder, config: ModelConfig, model: Blueprint, mesh: Mesh) -> Params:
     """The parameters of a run's newest intact checkpoint, placed on the mesh; the optimizer is not read.
+
+    A model that computes otherwise with the same parameters (longer contexts, another rope) may take them,
+    which is said.
 
     Raises:
         UserError: if there is no such run or checkpoint, or its model has another shape.
     """
     trained = load(Experiment, run.config).model
+    there, here = to_dict(trained), to_dict(config)
+    differing = ", ".join(
+        f"model.{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in {**here, **there}
+        if here.get(key) != there.get(key)
+    )
     if _shapes(blueprint(trained)) != _shapes(model):
         raise UserError(
-            f"init.from: the model in {run.path} has other parameters than `model` here: "
+            f"init.from: the model in {run.path} has other parameters than `model` here ({differing}): "
             f"take over the `model` section of {run.config}"
         )
+    if differing:
+        _log.info("init.from: the weights of %s in another model: %s", run.path, differing)
     return newest_params(run, _targets(model.shapes, shardings(mesh, model.axes)))
 
 

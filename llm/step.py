@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from core.loss_scale import LossScale, where_finite
-from core.mesh import shard, shardings
+from core.mesh import mesh_parts, shard, shardings
 from core.module import Blueprint, Params
 from core.optim import Optimizer, clip, fetched, put_back
 from core.optim import state_shardings as optimizer_shardings
@@ -37,16 +38,29 @@ class State(NamedTuple):
         return self.params if self.average is None else self.average
 
 
-def loss_sum(
-    blueprint: Blueprint, train: TrainConfig, params: Params, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Sum over the batch of the training objective, and of the negative log-likelihood alone, in nats."""
+def objective(
+    blueprint: Blueprint, train: TrainConfig, params: Params, batch: Batch, share: jax.Array | float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What training minimizes: a sum over weighted tokens, and of the router's losses, which are means over
+    all tokens of a microbatch, a `share` of each. And its parts: `loss`, the negative log-likelihood alone in
+    nats, and in a model with experts what `Routing` holds.
+    """
     model = blueprint.bind(params)
-    hidden = model(batch.tokens, batch.positions, batch.segment_ids).hidden
+    output = model(batch.tokens, batch.positions, batch.segment_ids)
     total, sums = cross_entropy(
-        hidden, model.head_kernel, batch.targets, batch.weights, z_loss=train.z_loss, chunk=train.loss_chunk
+        output.hidden,
+        model.head_kernel,
+        batch.targets,
+        batch.weights,
+        z_loss=train.z_loss,
+        chunk=train.loss_chunk,
     )
-    return total, sums.nll
+    parts, moe = {"loss": sums.nll}, model.config.moe
+    if moe is not None:
+        routing = jax.tree.map(lambda mean: share * mean, output.routing)
+        total += moe.balance_loss * routing.balance_loss + moe.router_z_loss * routing.router_z_loss
+        parts |= routing._asdict()
+    return total, parts
 
 
 def gradients(
@@ -55,25 +69,29 @@ def gradients(
     params: Params,
     batch: Batch,
     scale: Float[Array, ""] | float = 1.0,
-) -> tuple[Params, Float[Array, ""]]:
-    """Mean gradient over the batch's weighted tokens, and the mean negative log-likelihood in nats.
+) -> tuple[Params, dict[str, Float[Array, ""]]]:
+    """Mean gradient over the batch's weighted tokens, and the means of what `objective` is made of.
 
     Microbatches share one denominator, so that accumulation is exact where their token counts differ. It
     enters with the weights, as does `scale`, a factor on the loss while it is differentiated: so every
     product of the backward pass, the head's included, has operands of the magnitude that float16 needs.
+    The router's losses are means of the microbatches' own: experts are balanced within each.
     """
     total = batch.weights.sum()
     total = jnp.where(total > 0, total, 1.0)
     batch = batch._replace(weights=batch.weights * (scale / total))
-    differentiate = jax.grad(lambda params, part: loss_sum(blueprint, train, params, part), has_aux=True)
+    share = scale / train.accumulation
+    differentiate = jax.grad(functools.partial(objective, blueprint, train), has_aux=True)
     if train.accumulation == 1:
-        sums = differentiate(params, batch)
+        sums = differentiate(params, batch, share)
     else:
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+        parts = jax.tree.map(lambda x: _split(x, train.accumulation), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(differentiate, params, first, share))
         sums, _ = jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, differentiate(params, part)), None),
+            lambda sums, part: (jax.tree.map(jnp.add, sums, differentiate(params, part, share)), None),
             zeros,
-            jax.tree.map(lambda x: _split(x, train.accumulation), batch),
+            parts,
         )
     return jax.tree.map(lambda x: x / scale, sums)
 
@@ -91,9 +109,25 @@ def local_rows(mesh: Mesh, shape: tuple[int, int]) -> slice:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows of a batch (NumPy) as global arrays on the mesh."""
+    """This process's rows of a batch (NumPy), as `local_rows` names them, as global arrays on the mesh.
+
+    The rows are whole; a device takes its own columns of them.
+    """
     sharding = shardings(mesh, BATCH_AXES)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    parts = mesh_parts(mesh, BATCH_AXES[0])
+    mine = local_rows(mesh, (parts, mesh_parts(mesh, BATCH_AXES[1])))  # in units of a device's rows
+
+    def put(rows):
+        size = len(rows) // (mine.stop - mine.start)
+        total, before = parts * size, mine.start * size
+
+        def piece(index):
+            start, stop, _ = index[0].indices(total)
+            return rows[start - before : stop - before, index[1]]
+
+        return jax.make_array_from_callback((total, rows.shape[1]), sharding, piece)
+
+    return jax.tree.map(put, batch)
 
 
 def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer):
@@ -102,13 +136,13 @@ def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimiz
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         state = state._replace(opt_state=fetched(optimizer, state.opt_state))
         scale = 1.0 if state.scale is None else state.scale.value
-        grads, loss = gradients(blueprint, train, state.params, batch, scale)
+        grads, metrics = gradients(blueprint, train, state.params, batch, scale)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.transform.update(
             clip(grads, norm, optimizer.clip_norm), state.opt_state, state.params
         )
         params, average = optax.apply_updates(state.params, updates), state.average
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.learning_rate(state.step)}
+        metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(state.step)}
         if average is not None and train.average is not None:
             average = _averaged(average, params, state.step, train.average)
         new = State(state.step + 1, params, opt_state, state.scale, average)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from core import devices, log
+from core import devices, distributed, log
 from core.config import add_arguments, load
 from core.errors import run_command
 from llm.config import Experiment
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     experiment = load(Experiment, args.config, args.overrides)
     log.setup("llm")
     devices.prepare()
+    distributed.join()
     from llm.loop import train  # only now, so that --help and mistakes in a config answer at once
 
     train(experiment, resume=args.resume, profile=args.profile)

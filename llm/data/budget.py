@@ -21,7 +21,12 @@ from core.words import duration, exponent, short
 from llm.config import Experiment
 from llm.data.corpus import open_corpus
 from llm.data.loader import read_index
-from llm.model.flops import matmul_parameters, num_parameters, training_flops_per_token
+from llm.model.flops import (
+    active_parameters,
+    matmul_parameters,
+    num_parameters,
+    training_flops_per_token,
+)
 
 CHINCHILLA = 20  # tokens per parameter where compute is best spent (Hoffmann et al. 2022, arXiv:2203.15556)
 MFU = 0.4  # published for dense models of 7B and more on A100 and H100: 0.37 to 0.52 (docs/gpu.md)
@@ -41,6 +46,7 @@ class Budget(NamedTuple):
     """What a run takes, whatever it runs on. `flops` are those of llm/model/flops.py, `flops_6nd` a rule."""
 
     parameters: int
+    active_parameters: int  # of a token: all but the experts that it doesn't take; N in all that follows
     matmul_parameters: int
     steps: int
     tokens_per_step: int
@@ -117,19 +123,20 @@ def main(argv: list[str]) -> None:
 
 def make_budget(experiment: Experiment, corpus: CorpusSize) -> Budget:
     """Count what `experiment` takes in all its steps."""
-    parameters = num_parameters(experiment.model)
+    active = active_parameters(experiment.model)
     tokens_per_step = experiment.data.batch_size * experiment.data.sequence_length
     tokens = experiment.train.steps * tokens_per_step
     return Budget(
-        parameters=parameters,
+        parameters=num_parameters(experiment.model),
+        active_parameters=active,
         matmul_parameters=matmul_parameters(experiment.model),
         steps=experiment.train.steps,
         tokens_per_step=tokens_per_step,
         tokens=tokens,
-        tokens_per_parameter=tokens / parameters,
-        chinchilla_ratio=tokens / parameters / CHINCHILLA,
+        tokens_per_parameter=tokens / active,
+        chinchilla_ratio=tokens / active / CHINCHILLA,
         flops=tokens * training_flops_per_token(experiment.model, experiment.data.sequence_length),
-        flops_6nd=6.0 * parameters * tokens,
+        flops_6nd=6.0 * active * tokens,
         corpus_tokens=corpus.tokens,
         corpus_tokens_estimated=corpus.estimated,
         epochs=tokens / corpus.tokens if corpus.tokens else None,
@@ -247,8 +254,10 @@ def _print(
     facts.add_column(justify="right")
     facts.add_column(style="dim")
     data = experiment.data
-    share = f"{budget.matmul_parameters / budget.parameters:.0%}"
+    share = f"{budget.matmul_parameters / budget.active_parameters:.0%}"
     facts.add_row("parameters", short(budget.parameters), f"{budget.parameters:,}")
+    if experiment.model.moe is not None:
+        facts.add_row("  active", short(budget.active_parameters), f"{budget.active_parameters:,} a token")
     facts.add_row("  in matrix products", short(budget.matmul_parameters), f"{share}; the head's included")
     facts.add_row(
         "tokens",
@@ -257,7 +266,8 @@ def _print(
     )
     ratio = f"{budget.chinchilla_ratio:.3g} x Chinchilla's {CHINCHILLA}"
     facts.add_row("  per parameter", f"{budget.tokens_per_parameter:,.1f}", ratio)
-    facts.add_row("FLOPs", exponent(budget.flops), f"6 x parameters x tokens: {exponent(budget.flops_6nd)}")
+    rule = f"6 x {'active ' if experiment.model.moe else ''}parameters x tokens"
+    facts.add_row("FLOPs", exponent(budget.flops), f"{rule}: {exponent(budget.flops_6nd)}")
     about = "about " if corpus.estimated else ""
     tokens = "-" if corpus.tokens is None else about + short(corpus.tokens)
     facts.add_row("corpus tokens", tokens, escape(corpus.source))

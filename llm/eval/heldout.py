@@ -55,7 +55,8 @@ def make_evaluate(blueprint: Blueprint, chunk: int, token_bytes: np.ndarray, mes
         begins = (lengths[0][batch.tokens] == 0).astype(int)
         return jnp.stack([parts.nll, counted.sum(), (counted * lengths[begins, batch.targets]).sum()])
 
-    jitted = jax.jit(sums, in_shardings=(shardings(mesh, blueprint.axes), shardings(mesh, BATCH_AXES)))
+    where = shardings(mesh, blueprint.axes), shardings(mesh, BATCH_AXES)
+    jitted = jax.jit(sums, in_shardings=where, out_shardings=shardings(mesh, ()))
 
     def evaluate(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
         total = np.zeros(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -49,8 +50,41 @@ class Sparsity:
 
 
 @config
+class MoEConfig:
+    """Experts of `model.mlp_dim` in the place of each MLP, and what their router is trained with.
+
+    The losses' factors are those of Mixtral and Qwen: balanced experts have a balance loss of `top_k`.
+    """
+
+    num_experts: int = Field(ge=1)
+    top_k: int = Field(ge=1)  # experts of a token
+    normalize_top_k: bool = True  # whether the weights of a token's experts add up to 1
+    shared_mlp_dim: int = Field(0, ge=0)  # of an MLP that every token takes besides; 0: none
+    balance_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    router_z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    # Places for the tokens of a device at each expert, as a multiple of what they need if spread evenly;
+    # those beyond are dropped, in training and evaluation. None: as many as there are tokens.
+    capacity: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k ({self.top_k}) is more than model.moe.num_experts ({self.num_experts}): "
+                "a token takes different experts"
+            )
+        return self
+
+    def slots(self, tokens: int, dropless: bool = False) -> int:
+        """How many of a device's `tokens` an expert has a place for."""
+        if self.capacity is None or dropless:
+            return tokens
+        return min(tokens, math.ceil(self.capacity * tokens * self.top_k / self.num_experts))
+
+
+@config
 class ModelConfig:
-    """A decoder-only Transformer in the Llama, Mistral, Qwen or GPT-NeoX shape."""
+    """A decoder-only Transformer in the Llama, Mistral, Mixtral, Qwen or GPT-NeoX shape."""
 
     vocab_size: int
     num_layers: int
@@ -58,7 +92,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    mlp_dim: int
+    mlp_dim: int  # of each expert, where there are experts
     max_length: int = Field(ge=1)
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = Field(1e-5, gt=0)
@@ -72,6 +106,7 @@ class ModelConfig:
     rope_theta: float = Field(10000.0, gt=1)
     rope_fraction: float = Field(1.0, gt=0, le=1)
     rope_scaling: RopeScaling | None = None
+    moe: MoEConfig | None = None
 
     @model_validator(mode="after")
     def _check(self):
@@ -108,6 +143,11 @@ class ModelConfig:
             raise ValueError(
                 "model.window and model.sparsity are both set: a query sees the last keys or the last "
                 "blocks; set one to null"
+            )
+        if self.moe is not None and (self.activation != "swiglu" or self.bias == "all"):
+            raise ValueError(
+                f"model.moe with model.activation {self.activation} and model.bias {self.bias}: experts have "
+                "swiglu, and no biases"
             )
         return self
 

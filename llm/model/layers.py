@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
+from core.mesh import num_shards, shard
 from core.module import param
 
 
@@ -38,7 +40,7 @@ def product(
 def _weight_first(equation: str, x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     x_axes, w_axes, out = equation.replace("->", ",").split(",")
     w_out = "".join(axis for axis in w_axes if axis in out)
-    x_out = "".join(axis for axis in x_axes if axis in out)
+    x_out = "".join(axis for axis in x_axes if axis in out and axis not in w_out)
     y = _einsum(f"{w_axes},{x_axes}->{w_out}{x_out}", w.astype(x.dtype), x, out_dtype)
     # Without the barrier XLA would fold the transposition into the product and swap the operands back.
     return jnp.einsum(f"{w_out}{x_out}->{out}", jax.lax.optimization_barrier(y))
@@ -155,3 +157,23 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
+
+
+def stream(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The residual stream, its sequence divided over `tensor` too: norms and what is kept for the backward
+    pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    return shard(x, "act_batch", "act_stream", "act_embed")
+
+
+def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """The stream as products over divided heads, mlp and vocabulary read it: gathered over `tensor`."""
+    # Constrained as it was first: XLA would else gather what x is cast from, in float32.
+    return shard(stream(x), "act_batch", "act_seq", "act_embed")
+
+
+def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """What such products give, summed over `tensor` and divided again."""
+    # In two steps where `context` divides the sequence as well: XLA would else gather it whole in between.
+    # Not elsewhere: remat that keeps products would keep this one whole over `tensor`.
+    return stream(shard(x, "act_batch", "act_seq", "act_embed") if num_shards("act_seq") > 1 else x)

@@ -169,38 +169,66 @@ _NOTHING = -1e30  # finite, so that differences are numbers
 
 def _local_forward(mask, q, k, v, starts):
     low, high = _pieces(_scaled(q, k.shape[2]), starts)
-    keys = tuple(x.transpose(0, 2, 1, 3) for x in (k, v))
     empty = Partial(jnp.zeros(low.q.shape, jnp.float32), jnp.full(low.q.shape[:-1], _NOTHING))
-    of_low, of_high = empty, empty
-    for hop in range(jax.lax.axis_size(AXIS)):
-        keys = _passed_on(keys) if hop else keys
-        for pair in _visible_pairs(hop, low, high, keys):
+
+    def visit(pairs, sums):
+        of_low, of_high = sums
+        for pair in pairs:
             part = _attend(mask, pair.rows, pair.keys)
             of_low = of_low.merged(part, pair.low_rows)
             of_high = of_high.merged(part, jnp.logical_not(pair.low_rows))
+        return of_low, of_high
+
+    of_low, of_high = _go_round(visit, low, high, _by_head(k, v), (empty, empty))
     out = jnp.concatenate([of_low.out, of_high.out], axis=3).astype(q.dtype)
     return join_heads(out), jnp.concatenate([of_low.log_sum, of_high.log_sum], axis=3)
 
 
 def _local_backward(mask, q, k, v, starts, out, log_sum, g):
-    """A device's keys take their gradients along, and both are home after as many hops as devices."""
+    """The gradients of a device's keys follow them, and after the last device are passed on home."""
     groups = k.shape[2]
     # d score = weight * (d weight - <d out, out>): the row sum of the softmax's derivative.
     inner = split_heads((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), groups)
     low, high = _pieces(_scaled(q, groups), starts, split_heads(g, groups), inner[..., 0], log_sum)
-    keys = tuple(x.transpose(0, 2, 1, 3) for x in (k, v))
-    d_low, d_high = jnp.zeros(low.q.shape, jnp.float32), jnp.zeros(low.q.shape, jnp.float32)
-    d_keys = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys)
-    for hop in range(jax.lax.axis_size(AXIS)):
-        keys, d_keys = _passed_on((keys, d_keys)) if hop else (keys, d_keys)
-        for pair in _visible_pairs(hop, low, high, keys):
+
+    def visit(pairs, sums):
+        d_low, d_high, d_keys = sums
+        for pair in pairs:
             d_rows, *d_pair = _attend_backward(mask, pair.rows, pair.keys)
             d_low += jnp.where(pair.low_rows, d_rows, 0)
             d_high += jnp.where(pair.low_rows, 0, d_rows)
-            d_keys = tuple(d + _on_side(new, pair.low_keys) for d, new in zip(d_keys, d_pair, strict=True))
+            d_keys = [d + _on_side(new, pair.low_keys) for d, new in zip(d_keys, d_pair, strict=True)]
+        return d_low, d_high, _passed_on(d_keys)
+
+    keys = _by_head(k, v)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (low.q, high.q, keys))
+    d_low, d_high, d_keys = _go_round(visit, low, high, keys, zeros)
     dq = join_heads(jnp.concatenate([d_low, d_high], axis=3)) * q.shape[-1] ** -0.5
-    dk, dv = (x.transpose(0, 2, 1, 3).astype(k.dtype) for x in _passed_on(d_keys))
+    dk, dv = (x.transpose(0, 2, 1, 3).astype(k.dtype) for x in d_keys)
     return dq.astype(q.dtype), dk, dv
+
+
+def _go_round(visit, low: Rows, high: Rows, keys, sums):
+    """`sums` after `visit(pairs, sums)` with what of each device's keys is visible, its own first.
+
+    In a loop, for the memory of one hop; the keys of the next are on their way while those at hand are used.
+    """
+
+    def go(carry, hop):
+        keys, sums = carry
+        return (_passed_on(keys), visit(_passing_pairs(hop, low, high, keys), sums)), None
+
+    n = jax.lax.axis_size(AXIS)
+    own = visit(_own_pairs(low, high, keys), sums)
+    if n == 1:
+        return own
+    (keys, sums), _ = jax.lax.scan(go, (_passed_on(keys), own), jnp.arange(1, n - 1))
+    return visit(_passing_pairs(n - 1, low, high, keys), sums)
+
+
+def _by_head(k, v):
+    """[b, s, g, K] -> [b, g, s, K]."""
+    return [x.transpose(0, 2, 1, 3) for x in (k, v)]
 
 
 def _scaled(q, groups: int):
@@ -225,23 +253,35 @@ def _passed_on(x):
     return jax.lax.ppermute(x, AXIS, [(at, (at + 1) % n) for at in range(n)])
 
 
-def _visible_pairs(hop: int, low: Rows, high: Rows, keys) -> list[Pair]:
-    """Of the four products with the keys of the device `hop` places before this one, those not hidden."""
+def _own_pairs(low: Rows, high: Rows, keys) -> list[Pair]:
+    """On the diagonal every row sees at least itself; the first half is before the second."""
     n, r = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    source, length = (r - hop) % n, low.q.shape[3]
-    (k_low, k_high), (v_low, v_high) = (_halves(x, axis=2) for x in keys)
-    keys_low = Keys(k_low, v_low, source * length)
-    keys_high = Keys(k_high, v_high, (2 * n - 1 - source) * length)
-    always = Pair(high, keys_low, low_rows=False, low_keys=True)  # the first half is before the second
-    if hop == 0:  # its own keys: on the diagonal, where every row sees at least itself
-        return [Pair(low, keys_low, True, True), Pair(high, keys_high, False, False), always]
-    # The keys of a device before this one begin before its own, and those of one after end after them.
+    keys_low, keys_high = _key_pieces(keys, r, n)
+    return [
+        Pair(low, keys_low, True, True),
+        Pair(high, keys_high, False, False),
+        Pair(high, keys_low, False, True),
+    ]
+
+
+def _passing_pairs(hop: int | jax.Array, low: Rows, high: Rows, keys) -> list[Pair]:
+    """Of the four products with the keys of the device `hop` places before this one, the two not hidden."""
+    n, r = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    source = (r - hop) % n
+    keys_low, keys_high = _key_pieces(keys, source, n)
+    # The pieces of a device before this one begin before its own, and those of one after end after them.
     before = source < r
     rows, keys_of_them = (
         jax.tree.map(lambda x, y: jnp.where(before, x, y), *sides)
         for sides in ((low, high), (keys_low, keys_high))
     )
-    return [always, Pair(rows, keys_of_them, before, before)]
+    return [Pair(high, keys_low, False, True), Pair(rows, keys_of_them, before, before)]
+
+
+def _key_pieces(keys, device, n: int) -> tuple[Keys, Keys]:
+    (k_low, k_high), (v_low, v_high) = (_halves(x, axis=2) for x in keys)
+    length = k_low.shape[2]
+    return Keys(k_low, v_low, device * length), Keys(k_high, v_high, (2 * n - 1 - device) * length)
 
 
 def _on_side(x, low: jax.Array | bool):

@@ -6,7 +6,6 @@ dimension, F mlp, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -15,14 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from core.mesh import num_shards, shard
+from core.mesh import shard
 from core.module import Blueprint, param, stack
 from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
 from llm.model.cache import Cache, as_rows, from_rows, write
 from llm.model.config import ModelConfig
-from llm.model.layers import Linear, Norm, product, swiglu
+from llm.model.layers import Linear, Norm, product, spread, stream, whole
 from llm.model.masks import Mask, document_starts
+from llm.model.mlp import MLP, residual_scale
+from llm.model.moe import MoE, Routing
+from llm.model.ragged import ExpertPath
 from llm.model.ring import from_zigzag, to_zigzag
 
 REMAT_POLICIES = {
@@ -40,12 +42,14 @@ class Compute:
     attention: Backend = "reference"
     remat: Literal["none", "full", "dots"] = "none"
     scan_layers: bool = True
+    experts: ExpertPath = "padded"
 
 
 class Output(NamedTuple):
     hidden: Float[Array, "B S D"]
     cache: Cache | None
     aux: dict[str, jax.Array] | None
+    routing: Routing | None = None  # means over layers, where the model has experts
 
 
 class View(NamedTuple):
@@ -108,24 +112,6 @@ class Attention(nnx.Module):
         return self.out(y), kv, weights
 
 
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202), or two layers with GELU."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, f, bias = config.embed_dim, config.mlp_dim, config.bias == "all"
-        into, out = ("embed", "mlp"), ("mlp", "embed")
-        gated = config.activation == "swiglu"
-        self.gate = Linear("bsd,df->bsf", (d, f), into, fan_in=d, bias=bias, rngs=rngs) if gated else None
-        self.up = Linear("bsd,df->bsf", (d, f), into, fan_in=d, bias=bias, rngs=rngs)
-        scale = residual_scale(config)
-        self.down = Linear("bsf,fd->bsd", (f, d), out, fan_in=f, bias=bias, rngs=rngs, scale=scale)
-
-    def __call__(self, x):
-        up = self.up(x)
-        y = jax.nn.gelu(up, approximate=False) if self.gate is None else swiglu(self.gate(x), up)
-        return self.down(shard(y, "act_batch", "act_seq", "act_mlp"))
-
-
 class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(.)); both at once from x where `parallel_residual`."""
 
@@ -134,33 +120,18 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config.norm, config.embed_dim, config.norm_epsilon, rngs)
         self.attention = Attention(config, compute, rngs)
         self.mlp_norm = Norm(config.norm, config.embed_dim, config.norm_epsilon, rngs)
-        self.mlp = MLP(config, rngs)
+        dense = config.moe is None
+        self.mlp = MLP(config, config.mlp_dim, rngs) if dense else MoE(config, compute.experts, rngs)
 
     def __call__(self, x, view: View, kv, capture: bool):
         y, kv, weights = self.attention(whole(self.attention_norm(x)), view, kv, capture)
-        y = x + spread(y)
-        y = y + spread(self.mlp(whole(self.mlp_norm(x if self.parallel else y))))
-        return stream(y), kv, weights
-
-
-def stream(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """The residual stream, its sequence divided over `tensor` too: norms and what is kept for the backward
-    pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
-    """
-    return shard(x, "act_batch", "act_stream", "act_embed")
-
-
-def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """The stream as products over divided heads, mlp and vocabulary read it: gathered over `tensor`."""
-    # Constrained as it was first: XLA would else gather what x is cast from, in float32.
-    return shard(stream(x), "act_batch", "act_seq", "act_embed")
-
-
-def spread(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    """What such products give, summed over `tensor` and divided again."""
-    # In two steps where `context` divides the sequence as well: XLA would else gather it whole in between.
-    # Not elsewhere: remat that keeps products would keep this one whole over `tensor`.
-    return stream(shard(x, "act_batch", "act_seq", "act_embed") if num_shards("act_seq") > 1 else x)
+        y, routing = x + spread(y), None
+        z = self.mlp_norm(x if self.parallel else y)
+        if isinstance(self.mlp, MoE):
+            z, routing = self.mlp(stream(z), dropless=kv is not None)
+        else:
+            z = spread(self.mlp(whole(z)))
+        return stream(y + z), kv, weights, routing
 
 
 class Transformer(nnx.Module):
@@ -210,9 +181,11 @@ class Transformer(nnx.Module):
         x = shard(table[tokens], "act_batch", "act_seq", "act_embed")
         x = spread(x.astype(self.compute.dtype))
         if cache is None:
-            x, aux = self._scan_blocks(x, view, capture)
+            x, aux, routing = self._scan_blocks(x, view, capture)
             hidden = whole(self.norm(x))
-            return Output(from_zigzag(hidden) if self.compute.attention == "ring" else hidden, None, aux)
+            if self.compute.attention == "ring":
+                hidden = from_zigzag(hidden)
+            return Output(hidden, None, aux, routing)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
         return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 
@@ -220,21 +193,22 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def body(x, params):
-            x, _, weights = nnx.merge(graph, params)(x, view, None, capture)
-            return x, {"attention": weights, "hidden": x} if capture else None
+            x, _, weights, routing = nnx.merge(graph, params)(x, view, None, capture)
+            return x, ({"attention": weights, "hidden": x} if capture else None, routing)
 
         if self.compute.remat != "none":
             policy = REMAT_POLICIES[self.compute.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=not self.compute.scan_layers)
         # Unrolled means unrolled by XLA, so that both forms are one program to read.
         unroll = 1 if self.compute.scan_layers else self.config.num_layers
-        return jax.lax.scan(body, x, stacked, unroll=unroll)
+        x, (aux, routing) = jax.lax.scan(body, x, stacked, unroll=unroll)
+        return x, aux, jax.tree.map(jnp.mean, routing)
 
     def _append_blocks(self, x, view: View, cache: Cache, capture: bool):
         """Layer after layer: a scan would copy weights and cache out of their stacks at every token."""
         k, v, aux = [], [], []
         for block, *kv in zip(self.layers(), cache.k, cache.v, strict=True):
-            x, (k_rows, v_rows), weights = block(x, view, kv, capture)
+            x, (k_rows, v_rows), weights, _ = block(x, view, kv, capture)
             k.append(k_rows)
             v.append(v_rows)
             aux.append({"attention": weights, "hidden": x})
@@ -256,11 +230,6 @@ class Transformer(nnx.Module):
         """Scores of the next token in float32."""
         logits = product("bsd,vd->bsv", hidden, self.head_kernel, jnp.float32)
         return shard(logits, "act_batch", "act_seq", "act_vocab")
-
-
-def residual_scale(config: ModelConfig) -> float:
-    """Initial shrinking of the products that add to the residual stream (Radford et al. 2019)."""
-    return 1 / math.sqrt(2 * config.num_layers)
 
 
 def blueprint(config: ModelConfig, compute: Compute | None = None) -> Blueprint:

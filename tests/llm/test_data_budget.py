@@ -93,6 +93,7 @@ def test_json_by_hand(command):
         "device_hours": pytest.approx(64 * hours),
         "cost_usd": pytest.approx(128 * hours),
         "parameters": 8_030_261_248,
+        "active_parameters": 8_030_261_248,
         "matmul_parameters": 7_504_658_432,
         "steps": 1_800_000,
         "tokens_per_step": 1024 * 8192,

@@ -22,7 +22,7 @@ from core.options import MeshConfig
 from llm import decode
 from llm.decode import cache_slots, for_decoding, generate, left_pad, stream
 from llm.model.cache import empty_cache, grow
-from llm.model.config import ModelConfig, Sparsity
+from llm.model.config import ModelConfig, MoEConfig, Sparsity
 from llm.model.transformer import Compute, Transformer, blueprint
 from llm.sampling import Sampling, prompt_keys
 
@@ -37,6 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "sparse": {"sparsity": Sparsity(3, 2, 1)},
     "one-key-head": {"num_kv_heads": 1, "tied_head": True},
     "qwen": {"bias": "qkv", "qk_norm": True},
+    "experts": {"moe": MoEConfig(4, 2, shared_mlp_dim=10)},
     "neox": {
         "num_kv_heads": 4, "norm": "layer", "activation": "gelu", "bias": "all", "rope_fraction": 0.5,
         "parallel_residual": True,

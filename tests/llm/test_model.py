@@ -85,7 +85,13 @@ def rows(split: bool) -> Batch:
 @functools.cache
 def gradient(config: ModelConfig, **compute):
     """Jitted (params, batch) -> (gradients, loss), as the training step has them."""
-    return jax.jit(functools.partial(gradients, blueprint(config, Compute(**compute)), TRAIN))
+    model = blueprint(config, Compute(**compute))
+
+    def run(params, batch):
+        grads, means = gradients(model, TRAIN, params, batch)
+        return grads, means["loss"]
+
+    return jax.jit(run)
 
 
 @functools.cache

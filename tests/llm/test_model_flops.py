@@ -13,10 +13,12 @@ from programs import products
 
 from core.config import load
 from llm.config import Experiment
-from llm.model.config import ModelConfig, Sparsity
+from llm.model.config import ModelConfig, MoEConfig, Sparsity
 from llm.model.flops import (
+    active_parameters,
     forward_flops_per_token,
     matmul_parameters,
+    num_parameters,
     training_flops_per_token,
     visible_keys,
 )
@@ -60,6 +62,18 @@ def test_matmul_parameters_are_the_declared_kernels(name):
     assert matmul_parameters(config) == sum(kernels)
 
 
+@pytest.mark.parametrize("name, active", [("mixtral-8x7b", 12_879_925_248), ("qwen3-30b-a3b", 3_353_032_704)])
+def test_a_token_takes_its_experts_alone(name, active):
+    """The idle experts are what the declared parameters have beyond the active ones."""
+    config = load(Experiment, CONFIGS / f"{name}.yaml").model
+    mlp = blueprint(config).shapes["blocks"]["mlp"]
+    experts = sum(mlp[kernel]["kernel"].size for kernel in ("gate", "up", "down"))
+    idle = experts // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k)
+    assert active_parameters(config) == active == blueprint(config).count - idle
+    assert num_parameters(config) == blueprint(config).count
+    assert matmul_parameters(config) < active
+
+
 def test_a_tied_head_still_costs():
     assert matmul_parameters(SMALL) == matmul_parameters(dataclasses.replace(SMALL, tied_head=True))
 
@@ -89,10 +103,13 @@ def loss(config: ModelConfig, params, tokens):
     return cross_entropy(hidden, model.head_kernel, tokens, ones.astype(jnp.float32), chunk=LENGTH)[0]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_equals_the_traced_products(activation):
+MOE = MoEConfig(num_experts=4, top_k=2, shared_mlp_dim=40, capacity=1.0)  # as many slots as choices
+
+
+@pytest.mark.parametrize("change", [{}, {"activation": "gelu"}, {"moe": MOE}], ids=str)
+def test_equals_the_traced_products(change):
     """The reference form of attention computes the hidden half too: with it the counts are equal."""
-    config = dataclasses.replace(SMALL, activation=activation)
+    config = dataclasses.replace(SMALL, **change)
     tokens = jnp.zeros((2, LENGTH), jnp.int32)
     gradient = jax.grad(functools.partial(loss, config))
     found = products(jax.make_jaxpr(gradient)(blueprint(config).shapes, tokens).jaxpr)

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 from numpy.testing import assert_allclose
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from llm.model.config import ModelConfig, RopeScaling
+from llm.model.config import ModelConfig, MoEConfig, RopeScaling
 from llm.model.transformer import blueprint
 
 LAYERS, VOCAB = 2, 71
@@ -68,6 +69,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
+EXPERTS = MoEConfig(num_experts=5, top_k=2, balance_loss=0.7, router_z_loss=0.3)
 YARN_ROPE = {
     "rope_type": "yarn",
     "rope_theta": 100.0,
@@ -111,6 +113,29 @@ CASES = {
     "qwen3-tied": case(
         transformers.Qwen3Config, {"qk_norm": True, "tied_head": True}, tie_word_embeddings=True
     ),
+    "mixtral": case(
+        transformers.MixtralConfig,  # its own default for theta
+        {"moe": EXPERTS, "rope_theta": 1e6},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "qwen3-moe": case(
+        transformers.Qwen3MoeConfig,
+        {"moe": dataclasses.replace(EXPERTS, top_k=3), "qk_norm": True},
+        num_experts=5,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        moe_intermediate_size=52,
+        intermediate_size=31,
+    ),
+    "qwen3-moe-weights-as-they-are": case(
+        transformers.Qwen3MoeConfig,
+        {"moe": dataclasses.replace(EXPERTS, normalize_top_k=False), "qk_norm": True},
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        moe_intermediate_size=52,
+    ),
     "neox": case(transformers.GPTNeoXConfig, shape=NEOX_THEIRS, ours=NEOX_OURS),
     "neox-sequential": case(
         transformers.GPTNeoXConfig,
@@ -150,12 +175,20 @@ def convert_llama(config: ModelConfig, w: dict[str, np.ndarray]) -> dict:
             "attention_norm": {"scale": get("input_layernorm.weight", d)},
             "attention": attention,
             "mlp_norm": {"scale": get("post_attention_layernorm.weight", d)},
-            "mlp": {
-                "gate": linear("mlp.gate_proj", (d, -1), (-1,)),
-                "up": linear("mlp.up_proj", (d, -1), (-1,)),
-                "down": linear("mlp.down_proj", (-1, d), (d,)),
-            },
+            "mlp": mlp(linear) if config.moe is None else experts(f"model.layers.{i}.mlp"),
         }
+
+    def mlp(linear) -> dict:
+        return {
+            "gate": linear("mlp.gate_proj", (d, -1), (-1,)),
+            "up": linear("mlp.up_proj", (d, -1), (-1,)),
+            "down": linear("mlp.down_proj", (-1, d), (d,)),
+        }
+
+    def experts(name: str) -> dict:
+        gate, up = np.split(w[f"{name}.experts.gate_up_proj"].swapaxes(1, 2), 2, axis=2)
+        kernels = {"gate": gate, "up": up, "down": w[f"{name}.experts.down_proj"].swapaxes(1, 2)}
+        return {k: {"kernel": v} for k, v in kernels.items()} | {"router": w[f"{name}.gate.weight"].T}
 
     params = {
         "embedding": w["model.embed_tokens.weight"],
@@ -213,7 +246,7 @@ def tokens() -> np.ndarray:
 
 @functools.cache
 def reference(name: str):
-    """Logits, weights and gradients of the mean next-token loss, the latter two under our names."""
+    """Logits, weights and gradients of the training objective, the latter two under our names."""
     config, make = CASES[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(make(), attn_implementation="eager")
@@ -222,19 +255,32 @@ def reference(name: str):
         for parameter in model.parameters():  # also the biases and norms that start at 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.15)
     batch = torch.tensor(tokens())
-    logits = model(batch).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].reshape(-1)).backward()
+    extra = {"output_router_logits": True} if config.moe else {}
+    out = model(batch, **extra)
+    logits = out.logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
+    if moe := config.moe:
+        for layer in out.router_logits:
+            balance = load_balancing_loss_func((layer,), moe.num_experts, moe.top_k)
+            z_loss = torch.logsumexp(layer, -1).square().mean()
+            loss = loss + (moe.balance_loss * balance + moe.router_z_loss * z_loss) / LAYERS
+    loss.backward()
     convert = convert_neox if config.norm == "layer" else convert_llama
     values = {name: p.detach().numpy() for name, p in model.named_parameters()}
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
     return logits.detach().numpy(), convert(config, values), convert(config, gradients)
 
 
-def forward(config: ModelConfig, params) -> jax.Array:
+def forward(config: ModelConfig, params) -> tuple[jax.Array, jax.Array | float]:
+    """Logits, and what the router's losses add to the objective."""
     batch = jnp.asarray(tokens(), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), batch.shape)
     model = blueprint(config).bind(params)
-    return model.logits(model(batch, positions, jnp.ones_like(batch)).hidden)
+    out, moe, added = model(batch, positions, jnp.ones_like(batch)), config.moe, 0.0
+    if moe is not None:
+        losses = out.routing
+        added = moe.balance_loss * losses.balance_loss + moe.router_z_loss * losses.router_z_loss
+    return model.logits(out.hidden), added
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -244,10 +290,10 @@ def test_logits_and_gradients_are_hugging_faces(name):
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, blueprint(config).shapes)
 
     def loss(params):
-        ours = forward(config, params)
+        ours, added = forward(config, params)
         log_probabilities = jax.nn.log_softmax(ours[:, :-1])
         picked = jnp.take_along_axis(log_probabilities, jnp.asarray(tokens())[:, 1:, None], axis=-1)
-        return -picked.mean(), ours
+        return added - picked.mean(), ours
 
     got, ours = jax.jit(jax.grad(loss, has_aux=True))(jax.tree.map(jnp.asarray, params))
     assert np.std(logits) > 0.5, "logits near zero would agree whatever the model"
@@ -262,7 +308,7 @@ def test_logits_and_gradients_are_hugging_faces(name):
 def test_a_window_off_by_one_is_seen(window):
     config, _ = CASES["mistral-window"]
     logits, params, _ = reference("mistral-window")
-    ours = jax.jit(functools.partial(forward, dataclasses.replace(config, window=window)))(params)
+    ours, _ = jax.jit(functools.partial(forward, dataclasses.replace(config, window=window)))(params)
     seen_alike = min(window, 5)
     assert_allclose(ours[:, :seen_alike], logits[:, :seen_alike], atol=1e-5)
     assert np.abs(ours[:, seen_alike] - logits[:, seen_alike]).max() > 1e-3

@@ -147,6 +147,42 @@ REFERENCES: dict[str, tuple[int, Any]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
         ),
     ),
+    "mixtral-8x7b": (
+        46_702_792_704,
+        transformers.MixtralConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.02,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+    ),
+    "qwen3-30b-a3b": (
+        30_532_122_624,
+        transformers.Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            max_position_embeddings=40960,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.001,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        ),
+    ),
     "pythia-160m": (
         162_322_944,
         transformers.GPTNeoXConfig(
@@ -196,6 +232,10 @@ def test_known_shape(name):
     assert config.tied_head == reference.tie_word_embeddings
     assert config.parallel_residual == getattr(reference, "use_parallel_residual", False)
     assert config.activation == {"silu": "swiglu", "gelu": "gelu"}[reference.hidden_act]
+    if config.moe is not None:
+        assert config.moe.top_k == reference.num_experts_per_tok
+        assert config.moe.balance_loss == reference.router_aux_loss_coef
+        assert config.moe.normalize_top_k == getattr(reference, "norm_topk_prob", True)
 
 
 @pytest.mark.parametrize("name", [name for name in REFERENCES if name != "llama-1b"])  # that is for one GPU
@@ -203,7 +243,8 @@ def test_a_step_divides_over_a_realistic_cluster(name):
     """Microbatches split over 64 devices (512 where the shape is spread over 512), heads over tensor."""
     experiment = load(Experiment, CONFIGS / f"{name}.yaml")
     mesh, config = experiment.mesh, experiment.model
-    devices = max(64, mesh.fsdp * mesh.tensor)
+    devices = max(64, mesh.fsdp * mesh.expert * mesh.tensor)
     assert (experiment.data.batch_size // experiment.train.accumulation) % (devices // mesh.tensor) == 0
     assert config.num_kv_heads % mesh.tensor == config.mlp_dim % mesh.tensor == 0
     assert config.embed_dim % mesh.fsdp == config.vocab_size % mesh.tensor == 0
+    assert config.moe is None or config.moe.num_experts % mesh.expert == 0
