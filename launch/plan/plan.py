@@ -90,9 +90,14 @@ def make_plan(experiment: Experiment, name: str, device: Device) -> Plan:
     """Plan a run on its own mesh, of devices of that name.
 
     Raises:
-        UserError: if the model or its microbatches don't divide over the mesh.
+        UserError: if the model or its microbatches don't divide over the mesh, or the model has experts.
     """
     layout = Layout.of(experiment)
+    if experiment.model.moe is not None:
+        raise UserError(
+            "model.moe: the plan does not count experts' activations and exchanges yet, and a wrong number is "
+            "worse than none; llm.data.budget tells parameters and operations"
+        )
     check_mesh(experiment, AbstractMesh(tuple(layout.mesh.values()), tuple(layout.mesh)))
     efficiency = efficiency_of(name)
     moment, kinds = memory.peak(layout)

@@ -34,7 +34,7 @@ from llm.config import DataConfig, Experiment, TrainConfig
 from llm.data.loader import Batch
 from llm.model.config import ModelConfig
 from llm.model.transformer import Compute, blueprint
-from llm.step import loss_sum
+from llm.step import objective
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "llm"
 A100 = DEVICES["a100-80gb"]
@@ -178,7 +178,7 @@ def test_what_a_layer_keeps_is_what_jax_keeps(remat, model):
     blue = blueprint(experiment.model, Compute(train.dtype, "blockwise", remat))
     ids, weights = jax.ShapeDtypeStruct((16, 256), jnp.int32), jax.ShapeDtypeStruct((16, 256), jnp.float32)
     batch = Batch(ids, ids, ids, ids, weights)
-    gradient = jax.grad(lambda params, batch: loss_sum(blue, train, params, batch), has_aux=True)
+    gradient = jax.grad(lambda params, batch: objective(blue, train, params, batch, 1.0), has_aux=True)
     jaxpr = jax.make_jaxpr(gradient)(blue.shapes, batch).jaxpr
     layers = experiment.model.num_layers
     forward = next(
@@ -343,6 +343,7 @@ def test_the_tables_tell_it(plan_command, tmp_path):
         (["--sweep", "0"], "above 0"),
         (["--sweep", "7", "--no-compile"], "power of two"),
         (["--price", "nan"], "above 0"),
+        (["--config", str(CONFIGS / "mixtral-8x7b.yaml"), "--no-compile"], "experts"),
         (["--device", "tpu-v5p", "--set", "train.dtype=float32", "--no-compile"], "use bfloat16"),
     ],
 )
@@ -395,7 +396,8 @@ for path in map(Path, sys.argv[1:]):
     experiment = load(Experiment, path)
     mesh = sizes(experiment.mesh)
     count = math.prod(mesh.values())
-    make_plan(experiment, "h100", DEVICES["h100"])
+    if experiment.model.moe is None:
+        make_plan(experiment, "h100", DEVICES["h100"])
     lowered = lower(experiment, make_mesh(MeshConfig(**mesh), jax.devices()[:count]))
     print(path.stem, lowered.as_text().count("mhlo.num_partitions") and count)
 """
