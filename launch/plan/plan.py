@@ -90,7 +90,7 @@ def make_plan(experiment: Experiment, name: str, device: Device) -> Plan:
     """Plan a run on its own mesh, of devices of that name.
 
     Raises:
-        UserError: if the model or its microbatches don't divide over the mesh, or the model has experts.
+        UserError: if the model or its microbatches don't divide over the mesh, or it has experts.
     """
     layout = Layout.of(experiment)
     if experiment.model.moe is not None:

@@ -62,6 +62,8 @@ def plot_sweep(plans: Sequence[Plan], title: str, path: Path) -> None:
 
     figure = new_figure(8, 5)
     axes = figure.subplots()
+    limit = plans[0].capacity
+    plans = [plan for plan in plans if plan.peak < 3 * limit] or plans
     widths = sorted({plan.layout.mesh["tensor"] for plan in plans})
     for tensor, color in zip(widths, _shades(len(widths)), strict=True):
         chosen = [plan for plan in plans if plan.layout.mesh["tensor"] == tensor]
@@ -75,15 +77,16 @@ def plot_sweep(plans: Sequence[Plan], title: str, path: Path) -> None:
             front.append(plan)
     axes.step([p.peak / 1e9 for p in front], [_each(p) for p in front], where="post", color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.axvline(plans[0].capacity / 1e9, color=RED, linewidth=1.2, linestyle="--", label="a device's memory")
+    axes.axvline(limit / 1e9, color=RED, linewidth=1.2, linestyle="--", label="a device's memory")
     best = plans[0]
     axes.annotate(
         f"{spelled(best.layout.mesh)}, {best.layout.microbatches} x {best.layout.experiment.train.remat}",
         (best.peak / 1e9, _each(best)), xytext=(-8, 10), textcoords="offset points", ha="right", color=INK,
     )  # fmt: skip
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.2 * max(map(_each, plans)))
     style(axes, "tokens a second and device", "peak memory of a device (GB)")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5)
     axes.set_title(title, color=INK, loc="left")
     save(figure, path)
 
