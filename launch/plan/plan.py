@@ -95,8 +95,8 @@ def make_plan(experiment: Experiment, name: str, device: Device) -> Plan:
     layout = Layout.of(experiment)
     if experiment.model.moe is not None:
         raise UserError(
-            "model.moe: the plan does not count experts' activations and exchanges yet, and a wrong number is "
-            "worse than none; llm.data.budget tells parameters and operations"
+            "model.moe: the plan does not count experts' activations and exchanges yet, and a wrong number "
+            "is worse than none; llm.data.budget tells parameters and operations"
         )
     check_mesh(experiment, AbstractMesh(tuple(layout.mesh.values()), tuple(layout.mesh)))
     efficiency = efficiency_of(name)
