@@ -7,6 +7,7 @@ beside them. No accelerator is needed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import math
@@ -15,10 +16,11 @@ from pathlib import Path
 from core.config import add_arguments, load
 from core.devices import DEVICES
 from core.errors import UserError, run_command
+from core.options import MeshConfig
 from launch.plan.device import find
 from llm.config import Experiment
 
-AXES = ("data", "fsdp", "tensor", "context", "expert")
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 SHOWN, COMPILED = 15, 3
 
 

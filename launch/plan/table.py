@@ -83,8 +83,7 @@ def _memory(plan: Plan) -> Any:
     table = grid("memory of a device, GB")
     table.add_column("kind")
     for moment in memory.MOMENTS:
-        table.add_column(f"at its {moment}" if moment != "backward" else "backward", justify="right")
-    table.columns[1].header, table.columns[2].header, table.columns[3].header = memory.MOMENTS
+        table.add_column(moment, justify="right")
     table.add_column("", style="dim")
     moments = {moment: memory.at(moment, plan.layout) for moment in memory.MOMENTS}
     for kind in memory.KINDS:
