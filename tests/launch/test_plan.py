@@ -118,12 +118,12 @@ def test_the_kinds_sum_to_the_peak(remat, accumulation):
 
 MESHES = [
     (MeshConfig(data=8), {}),
+    (MeshConfig(data=1, fsdp=2, tensor=2, context=2), {"accumulation": 2, "dtype": "bfloat16"}),
     (MeshConfig(data=1, fsdp=8), {"remat": "dots"}),
     (MeshConfig(data=2, fsdp=2, tensor=2), {"accumulation": 2, "dtype": "bfloat16"}),
     (MeshConfig(data=2, fsdp=2, tensor=2), {"remat": "none", "dtype": "bfloat16"}),
     (MeshConfig(data=1, fsdp=2, tensor=4), {"remat": "dots", "model": {"tied_head": True}}),
     (MeshConfig(data=2, context=4), {}),
-    (MeshConfig(data=1, fsdp=2, tensor=2, context=2), {"accumulation": 2, "dtype": "bfloat16"}),
     (MeshConfig(data=2, fsdp=2, context=2), {"remat": "dots", "dtype": "bfloat16"}),
     (MeshConfig(data=1, fsdp=4, tensor=2), {"model": {"qk_norm": True, "bias": "qkv"}}),
     (
@@ -133,7 +133,10 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "changes"), MESHES, ids=str)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[5:]]
+
+
+@pytest.mark.parametrize(("mesh", "changes"), [*MESHES[:5], *SLOW], ids=str)
 def test_exchanges_are_those_of_the_compiled_step(mesh, changes):
     """Bytes along each axis, but for a few scalars: losses and norms."""
     experiment = small(mesh, **changes)
