@@ -368,6 +368,7 @@ def test_a_device_of_ones_own(tmp_path):
         find(str(path))
 
 
+@pytest.mark.slow
 def test_every_config_lowers_for_its_target_mesh():
     """The production step, traced with abstract inputs; in a process that has devices enough."""
     done = subprocess.run(
