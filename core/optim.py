@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from optax import contrib
 
 from core.errors import UserError
@@ -23,6 +23,7 @@ class Optimizer(NamedTuple):
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
     clip_norm: float | None
+    offload: bool = False  # the state lives in the host's memory between updates
 
 
 def make_optimizer(options: OptimizerConfig, steps: int, decay: Params, axes: Params) -> Optimizer:
@@ -37,7 +38,7 @@ def make_optimizer(options: OptimizerConfig, steps: int, decay: Params, axes: Pa
     """
     schedule = learning_rate(options, steps)
     if options.name == "sgd":
-        return Optimizer(optax.scale_by_learning_rate(schedule), schedule, options.clip_norm)
+        return Optimizer(optax.scale_by_learning_rate(schedule), schedule, options.clip_norm, options.offload)
     scale = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
     transform = optax.chain(
         scale if options.name == "adamw" else _scale_by_muon(options.momentum, axes, scale),
@@ -45,7 +46,7 @@ def make_optimizer(options: OptimizerConfig, steps: int, decay: Params, axes: Pa
         optax.add_decayed_weights(options.weight_decay, mask=decay),
         optax.scale_by_learning_rate(schedule),
     )
-    return Optimizer(transform, schedule, options.clip_norm)
+    return Optimizer(transform, schedule, options.clip_norm, options.offload)
 
 
 def _scale_by_muon(momentum: float, axes: Params, adam: optax.GradientTransformation):
@@ -117,9 +118,14 @@ def clip(gradients: Params, norm: jax.Array, limit: float | None) -> Params:
     return jax.tree.map(lambda g: g * scale, gradients)
 
 
-def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: Mesh):
-    """Shardings of the optimizer's state: moments as their parameters' (`params`), the rest replicated."""
+def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: Mesh | AbstractMesh):
+    """Shardings of the optimizer's state: moments as their parameters' (`params`), the rest replicated.
+
+    With `optimizer.offload` the moments are in the host's memory.
+    """
     state = jax.eval_shape(optimizer.transform.init, shapes)
+    if optimizer.offload:
+        params = jax.tree.map(lambda own: own.with_memory_kind("pinned_host"), params)
     everywhere = NamedSharding(mesh, PartitionSpec())
     masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  (a parameter of the other optimizer)
     return optax.tree_utils.tree_map_params(
@@ -128,5 +134,23 @@ def state_shardings(optimizer: Optimizer, shapes: Params, params: Params, mesh: 
         state,
         params,
         transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
+    )
+
+
+def fetched(optimizer: Optimizer, state: optax.OptState) -> optax.OptState:
+    """The optimizer's state in the device's memory, inside a compiled step."""
+    return jax.device_put(state, jax.memory.Space.Device) if optimizer.offload else state
+
+
+def put_back(optimizer: Optimizer, state: optax.OptState) -> optax.OptState:
+    """The inverse of `fetched`: what belongs to parameters to the host, counters stay."""
+    if not optimizer.offload:
+        return state
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return optax.tree_utils.tree_map_params(
+        optimizer.transform,
+        lambda x: x if masked(x) else jax.device_put(x, jax.memory.Space.Host),
+        state,
         is_leaf=masked,
     )

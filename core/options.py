@@ -94,6 +94,7 @@ class OptimizerConfig:
     epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     clip_norm: float | None = Field(1.0, gt=0, allow_inf_nan=False)
+    offload: bool = False  # keep the state in the host's memory, and fetch it for each update
 
 
 @config

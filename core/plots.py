@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 BLUE, RED, INK, GRID = "#2a78b5", "#d1495b", "#333333", "#e4e4e4"
-_COLORS = (BLUE, RED, "#3b9c6b", "#8a5fb0", "#d98c2b", "#7a7a7a")  # of runs beside each other
+COLORS = (BLUE, RED, "#3b9c6b", "#8a5fb0", "#d98c2b", "#7a7a7a")  # of runs beside each other
 _COURSES = ("#9a9a9a", RED, BLUE)
 
 
@@ -38,7 +38,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
     if shown.size and shown.min() < shown.max():
         room = 0.08 * (shown.max() - shown.min())
         axes.set_ylim(shown.min() - room, shown.max() + room)  # the first steps' fall would flatten the rest
-    _style(axes, "loss (nats a token)")
+    style(axes, "loss (nats a token)")
     save(figure, path)
 
 
@@ -64,10 +64,10 @@ def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path:
     """
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    for (name, loss), color in zip(losses.items(), itertools.cycle(_COLORS), strict=False):
+    for (name, loss), color in zip(losses.items(), itertools.cycle(COLORS), strict=False):
         label = textwrap.fill(f"{name}: {loss.mean():.3f}", 60)
         axes.plot(starts + starts[1] / 2, loss, label=label, color=color, linewidth=1.6)
-    _style(axes, "held-out loss (nats a token)", "position (tokens of context before)")
+    style(axes, "held-out loss (nats a token)", "position (tokens of context before)")
     save(figure, path)
 
 
@@ -96,7 +96,8 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, **style) -> None:
         axes.plot(x, y, label=f"{name}: {y[-1]:.3f}", **style)
 
 
-def _style(axes: Axes, unit: str, against: str = "tokens") -> None:
+def style(axes: Axes, unit: str, against: str = "tokens") -> None:
+    """Label both axes, and leave nothing but the grid and the lower edge around what is drawn."""
     axes.set_xlabel(against, color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -125,7 +126,7 @@ def plot_courses(panels: Sequence[Mapping[str, Course]], path: Path) -> None:
     for axes, courses in zip(np.atleast_1d(figure.subplots(len(panels))), panels, strict=True):
         for (name, course), color in zip(courses.items(), _COURSES, strict=False):
             _draw_course(axes, name, course, color)
-        _style(axes, "loss (nats a token)", "steps")
+        style(axes, "loss (nats a token)", "steps")
     save(figure, path)
 
 
@@ -162,7 +163,7 @@ def plot_monitor(course: Course, limits: Sequence[Mapping[str, float]], path: Pa
             axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.yaxis.set_major_formatter("{x:g}")
-        _style(axes, label, "step")
+        style(axes, label, "step")
     axes.get_legend().remove()  # the upper panel's serves both
     save(figure, path)
 
@@ -186,7 +187,7 @@ def plot_growth(panels: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
             axes.plot(at, columns[f"{quantity}_by_arithmetic"], color=color, linewidth=1.2, linestyle="--")
             axes.plot(at, columns[quantity], color=color, marker="o", linestyle="", label=quantity)
         axes.vlines(at, columns["time_low"], columns["time_high"], color=BLUE, linewidth=1.2)
-        _style(axes, "times the first (dashed: by arithmetic)", name)
+        style(axes, "times the first (dashed: by arithmetic)", name)
         axes.set_xticks(at, list(points))
         axes.yaxis.set_major_formatter("{x:g}")
     save(figure, path)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from core.loss_scale import LossScale, where_finite
 from core.mesh import mesh_parts, shard, shardings
 from core.module import Blueprint, Params
-from core.optim import Optimizer, clip
+from core.optim import Optimizer, clip, fetched, put_back
 from core.optim import state_shardings as optimizer_shardings
 from llm.config import TrainConfig
 from llm.data.loader import Batch
@@ -134,6 +134,7 @@ def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimiz
     """The step as a plain function; `jit_train_step` compiles it for a mesh."""
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        state = state._replace(opt_state=fetched(optimizer, state.opt_state))
         scale = 1.0 if state.scale is None else state.scale.value
         grads, metrics = gradients(blueprint, train, state.params, batch, scale)
         norm = optax.tree.norm(grads)
@@ -150,7 +151,7 @@ def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimiz
             kept = where_finite(finite, new, state._replace(step=new.step))
             new = kept._replace(scale=state.scale.adjusted(finite))
             metrics["loss_scale"] = state.scale.value
-        return new, metrics
+        return new._replace(opt_state=put_back(optimizer, new.opt_state)), metrics
 
     return train_step
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from core.config import add_arguments, load
 from core.devices import DEVICES, Device, named
 from core.errors import UserError, run_command
+from core.words import duration, exponent, short
 from llm.config import Experiment
 from llm.data.corpus import open_corpus
 from llm.data.loader import read_index
@@ -170,7 +171,7 @@ def affordable_steps(experiment: Experiment, flops: float) -> int:
     per_step = data.batch_size * data.sequence_length * per_token
     if flops < per_step:
         raise UserError(
-            f"{_exponent(flops)} FLOPs are less than one step of this model ({_exponent(per_step)}): "
+            f"{exponent(flops)} FLOPs are less than one step of this model ({exponent(per_step)}): "
             "spend more, or choose a smaller model or data.batch_size"
         )
     return int(flops // per_step)
@@ -206,7 +207,7 @@ def corpus_size(experiment: Experiment) -> CorpusSize:
     if None in sizes:
         return CorpusSize(None, False, "not known before all sources are tokenized")
     size = sum(filter(None, sizes)) * (1 if data.heldout else 1 - data.heldout_fraction)
-    rate = f"{_short(size)} bytes at {BYTES_PER_TOKEN} a token"
+    rate = f"{short(size)} bytes at {BYTES_PER_TOKEN} a token"
     source = f"{before}estimated: {rate}; exact once the run has shards"
     return CorpusSize(round(size / BYTES_PER_TOKEN), True, source)
 
@@ -254,30 +255,30 @@ def _print(
     facts.add_column(style="dim")
     data = experiment.data
     share = f"{budget.matmul_parameters / budget.active_parameters:.0%}"
-    facts.add_row("parameters", _short(budget.parameters), f"{budget.parameters:,}")
+    facts.add_row("parameters", short(budget.parameters), f"{budget.parameters:,}")
     if experiment.model.moe is not None:
-        facts.add_row("  active", _short(budget.active_parameters), f"{budget.active_parameters:,} a token")
-    facts.add_row("  in matrix products", _short(budget.matmul_parameters), f"{share}; the head's included")
+        facts.add_row("  active", short(budget.active_parameters), f"{budget.active_parameters:,} a token")
+    facts.add_row("  in matrix products", short(budget.matmul_parameters), f"{share}; the head's included")
     facts.add_row(
         "tokens",
-        _short(budget.tokens),
+        short(budget.tokens),
         f"{budget.steps:,} steps x {data.batch_size:,} sequences x {data.sequence_length:,}",
     )
     ratio = f"{budget.chinchilla_ratio:.3g} x Chinchilla's {CHINCHILLA}"
     facts.add_row("  per parameter", f"{budget.tokens_per_parameter:,.1f}", ratio)
     rule = f"6 x {'active ' if experiment.model.moe else ''}parameters x tokens"
-    facts.add_row("FLOPs", _exponent(budget.flops), f"{rule}: {_exponent(budget.flops_6nd)}")
+    facts.add_row("FLOPs", exponent(budget.flops), f"{rule}: {exponent(budget.flops_6nd)}")
     about = "about " if corpus.estimated else ""
-    tokens = "-" if corpus.tokens is None else about + _short(corpus.tokens)
+    tokens = "-" if corpus.tokens is None else about + short(corpus.tokens)
     facts.add_row("corpus tokens", tokens, escape(corpus.source))
     facts.add_row("  epochs", "-" if budget.epochs is None else f"{about}{budget.epochs:,.2f}")
     console.print(experiment.run.name, style="bold", markup=False)
     console.print(facts)
     if compute is not None:
         parameters, optimal = compute_optimal(compute)
-        best = f"[bold]{_short(parameters)}[/bold] parameters and [bold]{_short(optimal)}[/bold] tokens"
-        console.print(f"\n{_exponent(compute)} FLOPs are best spent on {best} (6ND, D = {CHINCHILLA}N).")
-        console.print(f"For this model they are enough for the {_short(budget.tokens)} tokens above:")
+        best = f"[bold]{short(parameters)}[/bold] parameters and [bold]{short(optimal)}[/bold] tokens"
+        console.print(f"\n{exponent(compute)} FLOPs are best spent on {best} (6ND, D = {CHINCHILLA}N).")
+        console.print(f"For this model they are enough for the {short(budget.tokens)} tokens above:")
         console.print(f"  --set train.steps={budget.steps}", style="bold", soft_wrap=True)
     console.print()
     console.print(_devices_table(costs, experiment.train.dtype))
@@ -307,29 +308,9 @@ def _devices_table(costs: list[Cost], dtype: str):
             table.add_row(cost.device, "-", "-", "-", *(["-"] if priced else []))
             continue
         hours = f"{cost.device_hours:,.0f}" if cost.device_hours >= 100 else f"{cost.device_hours:.3g}"
-        row = [f"{cost.peak_flops / 1e12:,.0f}", _duration(cost.hours), hours]
+        row = [f"{cost.peak_flops / 1e12:,.0f}", duration(cost.hours), hours]
         table.add_row(cost.device, *row, *([f"{cost.cost_usd:,.2f}"] if priced else []))
     return table
-
-
-def _short(number: int | float) -> str:
-    """8030261248 -> 8.03B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            value = number / unit
-            return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}{name}"
-    return f"{number:,.0f}"
-
-
-def _exponent(number: int | float) -> str:
-    return f"{number:.3g}".replace("e+", "e")
-
-
-def _duration(hours: float) -> str:
-    for unit, name in ((8766, "years"), (24, "days"), (1, "hours"), (1 / 60, "minutes")):
-        if hours >= 2 * unit:
-            return f"{hours / unit:.1f} {name}"
-    return f"{hours * 3600:.3g} seconds"
 
 
 if __name__ == "__main__":
