@@ -237,7 +237,10 @@ def _scaled(q, groups: int):
 
 def _pieces(q, starts, *more) -> tuple[Rows, Rows]:
     """The device's two pieces of queries [b, g, r, 2c, K]; `more` is what else goes with their rows."""
-    n, r, length = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS), q.shape[3] // 2
+    # Behind a barrier with the queries: of what depends on places alone, the same in every layer, JAX would
+    # form all masks of all hops and blocks before the first layer, and keep them.
+    q, starts, r = jax.lax.optimization_barrier((q, starts, jax.lax.axis_index(AXIS)))
+    n, length = jax.lax.axis_size(AXIS), q.shape[3] // 2
     halves = [*zip(*(_halves(x, axis=3) for x in (q, *more)), strict=True)]
     places = (r * length, (2 * n - 1 - r) * length)
     low, high = (
@@ -255,7 +258,7 @@ def _passed_on(x):
 
 def _own_pairs(low: Rows, high: Rows, keys) -> list[Pair]:
     """On the diagonal every row sees at least itself; the first half is before the second."""
-    n, r = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    n, r = jax.lax.axis_size(AXIS), low.first // low.q.shape[3]
     keys_low, keys_high = _key_pieces(keys, r, n)
     return [
         Pair(low, keys_low, True, True),
@@ -266,7 +269,7 @@ def _own_pairs(low: Rows, high: Rows, keys) -> list[Pair]:
 
 def _passing_pairs(hop: int | jax.Array, low: Rows, high: Rows, keys) -> list[Pair]:
     """Of the four products with the keys of the device `hop` places before this one, the two not hidden."""
-    n, r = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    n, r = jax.lax.axis_size(AXIS), low.first // low.q.shape[3]
     source = (r - hop) % n
     keys_low, keys_high = _key_pieces(keys, source, n)
     # The pieces of a device before this one begin before its own, and those of one after end after them.

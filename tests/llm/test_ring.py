@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,24 @@ def test_a_longer_sequence_takes_memory_in_proportion():
 
     short, long = bytes_per_token(1 << 13), bytes_per_token(1 << 15)
     assert long < 1.3 * short
+
+
+def test_layers_keep_no_masks():
+    """They depend on places alone: without care JAX forms all of them before the first layer."""
+    length, n, heads = 1024, 4, 4
+
+    def layers(x, starts):
+        def layer(x, _):
+            out = attention(x, x[:, :, :2], x[:, :, :2], starts, backend="ring")
+            return x + out, None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, None, length=2)[0] ** 2)
+
+    x, starts = jnp.zeros((1, length, heads, 6)), jnp.zeros((1, length), jnp.int32)
+    with jax.set_mesh(mesh_of({"context": n})):
+        program = jax.jit(jax.grad(layers)).lower(x, starts).compile().as_text()
+    masks = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\bpred\[([\d,]+)\]", program)]
+    assert max(masks) <= heads * ring.QUERIES * length // (2 * n), "that of one block of queries"
 
 
 def test_what_it_lacks_is_an_error():
