@@ -10,7 +10,7 @@ text, so a collective is counted as an accelerator would run it:
 - Two gathers of one array within a computation are one.
 
 A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a
-device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all.
+device then has to pass on (scattered over `expert` only where no other axis can be meant): as a hierarchy of rings would do it, and no byte more than one ring over all.
 """
 
 from __future__ import annotations
@@ -123,8 +123,9 @@ def _along_each(one: Collective, axes: Sequence[str], mesh: Mapping[str, int], p
         yield from (one._replace(axis=axis, devices=mesh[axis]) for axis in axes)
         return
     size = one.size
+    likely = sorted(reversed(axes), key=lambda axis: axis == "expert")
     scattered = next(
-        c for n in range(len(axes) + 1) for c in itertools.combinations(reversed(axes), n)
+        c for n in range(len(axes) + 1) for c in itertools.combinations(likely, n)
         if math.prod(mesh[axis] for axis in c) == parts
     )  # fmt: skip
     for axis in scattered:
