@@ -95,19 +95,18 @@ def _gradients(layout: Layout) -> Iterator[Exchange]:
             yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)
             size //= n["fsdp"]
         # Some sums follow each other, some are one over several axes, which `program` tells apart like this.
-        yield Exchange("gradients", "all-reduce", "context", n["context"], size, runs)
+        apart = of_stream or table or not (p.path == "head" or p.of_expert or n["fsdp"] > 1)
+        if apart:
+            yield Exchange("gradients", "all-reduce", "context", n["context"], size, runs)
         if of_stream:
             yield Exchange("gradients", "all-reduce", "tensor", n["tensor"], size // n["context"], runs)
         if (of_stream or table) and scattered:
             yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)
             size //= n["fsdp"]
-        if p.path == "head" or p.of_expert or (n["fsdp"] > 1 and not of_stream and not table):
-            size //= n["context"]
-        for axis in ("expert", "data") if scattered else ("expert", "fsdp", "data"):
-            if axis == "expert" and p.of_expert:
-                continue
-            yield Exchange("gradients", "all-reduce", axis, n[axis], size, runs)
-            size //= n[axis]
+        for axis in ("expert", *(() if apart else ("context",)), *(() if scattered else ("fsdp",)), "data"):
+            if axis != "expert" or not p.of_expert:
+                yield Exchange("gradients", "all-reduce", axis, n[axis], size, runs)
+                size //= n[axis]
 
 
 def _added_to_stream(p: Parameter) -> bool:
@@ -127,6 +126,8 @@ def _stream(layout: Layout) -> Iterator[Exchange]:
     backward = 1 if parallel else readers  # parallel: one gradient serves both
     gathers = readers + backward + (0 if remat == "none" else readers)
     scatters = 2 * readers + (1 if remat == "full" and not parallel else 0)
+    if remat == "dots" and layout.mesh["context"] > 1 and not parallel:
+        gathers += 2  # attention's output is summed whole before what is kept of it is cut, and gathered anew
     yield Exchange("activations", "all-gather", "tensor", n, size, runs * gathers)
     yield Exchange("activations", "reduce-scatter", "tensor", n, size, runs * scatters)
 
