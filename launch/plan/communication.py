@@ -89,7 +89,9 @@ def _gradients(layout: Layout) -> Iterator[Exchange]:
         gathered = ("fsdp", "expert") if p.of_router else ("fsdp",)
         size, n = 4 * p.share(layout.mesh, gathered), layout.mesh
         scattered = "fsdp" in p.divided and not p.of_router
-        of_stream = "norm" in p.axes or p.of_router or _added_to_stream(p)  # divided over `tensor` too, as heads are
+        of_stream = (
+            "norm" in p.axes or p.of_router or _added_to_stream(p)
+        )  # divided over `tensor` too, as heads are
         table = p.path == "embedding"  # scattered into while the sequence's parts are still apart
         if scattered and not (of_stream or table):
             yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)

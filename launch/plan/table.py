@@ -95,7 +95,8 @@ def _memory(plan: Plan) -> Any:
     cells = [f"[bold]{_gb(s)}[/]" if moment == plan.moment else _gb(s) for moment, s in sums.items()]
     verdict = "fits in" if plan.fits else "[red]does not fit in[/]"
     table.add_row("sum", *cells, f"the peak {verdict} {_gb(plan.capacity)}, {plan.peak / plan.capacity:.0%}")
-    if (moe := plan.layout.model.moe) and (slots := memory.slots_at_peak(plan.layout)) > plan.peak / 4:
+    moe, slots = plan.layout.model.moe, memory.slots_at_peak(plan.layout)
+    if moe and plan.moment == "backward" and slots > plan.peak / 4:
         table.caption = (
             f"{_gb(slots)} GB of it in experts' slots, {plan.layout.slots / plan.layout.stream:.3g} for each "
             f"token, which takes {moe.top_k} (model.moe.capacity)"
