@@ -108,8 +108,8 @@ def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float | int:
 def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: str) -> float | int:
     """Operations beyond those that the model needs: the backward pass of every fast attention forms the
     scores once more (half of the forward's products); with remat attention runs forward again, and with
-    `full` so do all products of a layer but the mlp's last, which nothing reads. (Experts' last is read by the
-    gradient of the tokens' weights.)
+    `full` so do all products of a layer but the mlp's last, which nothing reads. (What experts' last gives is
+    read by the gradient of the tokens' weights.)
     """
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * visible_keys(model, sequence_length)
     if remat == "none":

@@ -216,7 +216,8 @@ def print_sweep(
         "bound by",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in ("mesh", "remat", "bound by") else "right")
+        left = name in ("mesh", "remat", "bound by")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name == "mesh")
     for place, plan in enumerate(plans[:shown], 1):
         each = plan.tokens_per_second / plan.layout.devices
         table.add_row(
