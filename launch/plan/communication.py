@@ -54,7 +54,7 @@ def _weights(layout: Layout) -> Iterator[Exchange]:
     """Each kernel is gathered over `fsdp` in the products' dtype, for each microbatch once forward and once
     backward: what is computed again and the backward pass read the same gathered arrays. The table of
     embeddings is gathered once, in float32, since rows are looked up before they are cast; the head once.
-    Experts stay apart. A router is float32 and gathered over `expert` too, anew where its layer is.
+    Experts stay divided over `expert`. A router is gathered over it, in float32, and again with remat.
     """
     n, runs = layout.mesh["fsdp"], layout.microbatches
     for p in layout.parameters:
@@ -78,9 +78,9 @@ def _weights(layout: Layout) -> Iterator[Exchange]:
 
 def _gradients(layout: Layout) -> Iterator[Exchange]:
     """Each microbatch's gradients are summed in float32 over all axes that its tokens are divided over: what
-    `fsdp` divides is scattered there first, so that the sums over the others are of parts. An expert's are
-    complete on its device, but for those of tokens that share no `expert` axis with it. A router's are summed
-    whole, as a norm's.
+    `fsdp` divides is scattered there first, so that the sums over the others are of parts. Tokens come to their
+    experts along `expert`, so those kernels' gradients are not summed there. A router's are summed whole, like
+    a norm's.
     """
     for p in layout.parameters:
         runs = layout.microbatches * (layout.model.num_layers if p.stacked else 1)
@@ -89,9 +89,7 @@ def _gradients(layout: Layout) -> Iterator[Exchange]:
         gathered = ("fsdp", "expert") if p.of_router else ("fsdp",)
         size, n = 4 * p.share(layout.mesh, gathered), layout.mesh
         scattered = "fsdp" in p.divided and not p.of_router
-        of_stream = (
-            "norm" in p.axes or p.of_router or _added_to_stream(p)
-        )  # divided over `tensor` too, as heads are
+        of_stream = "norm" in p.axes or p.of_router or _added_to_stream(p)  # which `tensor` divides too
         table = p.path == "embedding"  # scattered into while the sequence's parts are still apart
         if scattered and not (of_stream or table):
             yield Exchange("gradients", "reduce-scatter", "fsdp", n["fsdp"], size, runs)

@@ -10,8 +10,8 @@ text, so a collective is counted as an accelerator would run it:
 - Two gathers of one array within a computation are one.
 
 A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a
-device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all. (It
-is scattered over `expert` only if no other axis of that size can be meant: what experts own isn't summed there.)
+device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all. Of
+two axes as large as the parts, the one that is scattered is not `expert`: what it divides is not summed there.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _along_each(one: Collective, axes: Sequence[str], mesh: Mapping[str, int], p
         yield from (one._replace(axis=axis, devices=mesh[axis]) for axis in axes)
         return
     size = one.size
-    likely = sorted(axes[::-1], key=lambda axis: axis == "expert")
+    inner = [axis for axis in reversed(axes) if axis != "expert"]
+    likely = [*inner, *(axis for axis in axes if axis == "expert")]
     scattered = next(
         c for n in range(len(axes) + 1) for c in itertools.combinations(likely, n)
         if math.prod(mesh[axis] for axis in c) == parts
