@@ -78,9 +78,9 @@ def _weights(layout: Layout) -> Iterator[Exchange]:
 
 def _gradients(layout: Layout) -> Iterator[Exchange]:
     """Each microbatch's gradients are summed in float32 over all axes that its tokens are divided over: what
-    `fsdp` divides is scattered there first, so that the sums over the others are of parts. Tokens come to their
-    experts along `expert`, so those kernels' gradients are not summed there. A router's are summed whole, like
-    a norm's.
+    `fsdp` divides is scattered there first, so that the sums over the others are of parts. Tokens come to
+    their experts along `expert`, so those kernels' gradients are not summed there. A router's are summed
+    whole, like a norm's.
     """
     for p in layout.parameters:
         runs = layout.microbatches * (layout.model.num_layers if p.stacked else 1)
@@ -136,7 +136,7 @@ def _experts(layout: Layout) -> Iterator[Exchange]:
     """Slots go to their experts and back, all of them, filled or not, and their gradients as well; with remat
     forward twice. On the way they are gathered over `tensor` and scattered again, like the stream; but what
     `dots` keeps of the last product is whole there, a sum that nothing scatters, and is not formed again.
-    The router's statistics are small: how often each expert was chosen, and its mean probability.
+    Of `AXES` the last is the innermost, see `program`. The router's statistics are small: how often each expert was chosen, and its mean probability.
     """
     model, mesh, remat = layout.model, layout.mesh, layout.experiment.train.remat
     if model.moe is None:

@@ -49,7 +49,7 @@ def kept_by_layer(layout: Layout, remat: str) -> int:
     `full`: its input alone, which lies divided over `tensor`. `dots`: besides it what each product with a
     weight gave, but for the last, which nothing in the backward pass reads. `none`: what differentiation
     needs and is not at hand otherwise, norms' insides in float32 among it; their outputs are kept as the
-    products read them, whole over `tensor`. Where there are experts, see `of_experts`.
+    products read them, whole over `tensor`. Experts and router: see below.
     """
     model, width, t = layout.model, layout.width, layout.mesh["tensor"]
     stream, tokens = layout.stream, layout.tokens

@@ -11,7 +11,7 @@ text, so a collective is counted as an accelerator would run it:
 
 A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a
 device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all. Of
-two axes as large as the parts, the one that is scattered is not `expert`: what it divides is not summed there.
+two axes as large as the parts, the one that scatters is not `expert`: what that divides isn't summed there.
 """
 
 from __future__ import annotations

@@ -358,12 +358,55 @@ def test_what_does_not_fit_gets_the_smallest_change():
     assert other.fits and note == "--set train.accumulation=32"
 
 
+def test_experts_with_a_slot_for_every_token_are_told_to_have_fewer(plan_command):
+    """One sequence a microbatch, so that only the capacity is left to lower; the table says what it takes."""
+    path, mesh = CONFIGS / "qwen3-30b-a3b.yaml", ["mesh.fsdp=4", "mesh.expert=8", "train.accumulation=64"]
+    experiment = load(Experiment, path, [*mesh, "model.moe.capacity=null"])
+    plan = make_plan(experiment, "a100-40gb", DEVICES["a100-40gb"])
+    note, other = next(remedies(plan, DEVICES["a100-40gb"]))
+    assert not plan.fits and other.fits and note.startswith("--set model.moe.capacity=2 ")
+    stream = 4096  # tokens: one sequence
+    rows = 128 * stream  # of 2048 + 768 + 768 numbers formed anew, as many gradients and more, two bytes each
+    assert memory.slots_at_peak(plan.layout) == 2 * rows * (2 * 2048 + 3 * 768 + 2 * 2048 + 3 * 768)
+    told = plan_command(
+        "--config", str(path), "--set", "model.moe.capacity=null", *(f"--set={one}" for one in mesh),
+        "--no-compile",
+    )  # fmt: skip
+    assert "128 for each token, which takes 8" in told.replace("\n", " ")
+
+
+def test_experts_need_as_many_exchanges_as_by_hand():
+    """Two rows of 8 tokens over expert=2, four experts of which a token takes one, capacity 1: 2 slots each."""
+    experiment = small(MeshConfig(data=1, expert=2), remat="full")
+    moe = MoEConfig(num_experts=4, top_k=1, capacity=1.0)
+    model = dataclasses.replace(MODEL, moe=moe)
+    data = DataConfig(sequence_length=8, batch_size=2)
+    layout = Layout.of(dataclasses.replace(experiment, model=model, data=data))
+    assert layout.slots == 4 * 2
+    (slots,) = (one for one in exchanges(layout) if one.what == "slots")
+    assert slots.kind == "all-to-all" and slots.axis == "expert"
+    assert slots.sent == 4 * 6 * 8 * 128 * 4 / 2  # layers; there and back thrice; half of the float32 rows
+    assert empty_flops_per_token(layout) == 0  # as many slots as choices
+    kernels = 2 * 128 * 256 * 3  # of the experts of one device
+    assert sum(p.share(layout.mesh) for p in layout.parameters if p.of_expert) == kernels
+    summed = sum(one.size * one.times for one in exchanges(layout) if one.what == "gradients")
+    dense = sum(
+        4 * p.share(layout.mesh, ("expert",)) * (4 if p.stacked else 1)
+        for p in layout.parameters
+        if not p.of_expert
+    )
+    assert summed == dense
+
+
 def test_all_meshes_are_tried_and_the_fastest_that_fits_is_first():
     assert len(list(meshes(8))) == math.comb(3 + 4, 4)
     assert all(math.prod(mesh.values()) == 12 for mesh in meshes(12))
     plans, tried = sweep(small(MeshConfig(data=1)), 8, "a100-80gb", A100)
     assert tried == len(plans) > 100 and {p.layout.devices for p in plans} == {8}
     assert plans[0].times.step == min(plan.times.step for plan in plans if plan.fits)
+    assert {plan.layout.mesh["expert"] for plan in plans} == {1}
+    plans, _ = sweep(small(MeshConfig(data=1), model=EXPERTS), 8, "a100-80gb", A100)
+    assert {plan.layout.mesh["expert"] for plan in plans} == {1, 2, 4, 8}
 
 
 @pytest.fixture
