@@ -136,7 +136,8 @@ def _experts(layout: Layout) -> Iterator[Exchange]:
     """Slots go to their experts and back, all of them, filled or not, and their gradients as well; with remat
     forward twice. On the way they are gathered over `tensor` and scattered again, like the stream; but what
     `dots` keeps of the last product is whole there, a sum that nothing scatters, and is not formed again.
-    Of `AXES` the last is the innermost, see `program`. The router's statistics are small: how often each expert was chosen, and its mean probability.
+    The router's statistics are small: how often each expert was chosen, over all devices at once, and its
+    mean probability; both innermost axis first, see `program`.
     """
     model, mesh, remat = layout.model, layout.mesh, layout.experiment.train.remat
     if model.moe is None:

@@ -191,9 +191,9 @@ def test_memory_grows_with_layers_as_in_the_compiled_step(remat):
 @pytest.mark.parametrize(
     ("remat", "mesh"),
     [
-        ("full", MeshConfig(data=1, fsdp=2, expert=2)),
         ("dots", MeshConfig(data=1, expert=2, tensor=2)),
-        ("full", MeshConfig(data=1, expert=2, tensor=2)),
+        pytest.param("full", MeshConfig(data=1, fsdp=2, expert=2), marks=pytest.mark.slow),
+        pytest.param("full", MeshConfig(data=1, expert=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -376,7 +376,7 @@ def test_experts_with_a_slot_for_every_token_are_told_to_have_fewer(plan_command
 
 
 def test_experts_need_as_many_exchanges_as_by_hand():
-    """Two rows of 8 tokens over expert=2, four experts of which a token takes one, capacity 1: 2 slots each."""
+    """A row of 8 tokens on each of expert=2; four experts, of which a token takes one, have 2 slots each."""
     experiment = small(MeshConfig(data=1, expert=2), remat="full")
     moe = MoEConfig(num_experts=4, top_k=1, capacity=1.0)
     model = dataclasses.replace(MODEL, moe=moe)
