@@ -365,9 +365,8 @@ def test_experts_with_a_slot_for_every_token_are_told_to_have_fewer(plan_command
     plan = make_plan(experiment, "a100-40gb", DEVICES["a100-40gb"])
     note, other = next(remedies(plan, DEVICES["a100-40gb"]))
     assert not plan.fits and other.fits and note.startswith("--set model.moe.capacity=2 ")
-    stream = 4096  # tokens: one sequence
-    rows = 128 * stream  # of 2048 + 768 + 768 numbers formed anew, as many gradients and more, two bytes each
-    assert memory.slots_at_peak(plan.layout) == 2 * rows * (2 * 2048 + 3 * 768 + 2 * 2048 + 3 * 768)
+    rows = 128 * 4096  # a sequence for each expert: formed anew, two bytes each, and as many gradients
+    assert memory.slots_at_peak(plan.layout) == 2 * rows * 2 * (2 * 2048 + 3 * 768)
     told = plan_command(
         "--config", str(path), "--set", "model.moe.capacity=null", *(f"--set={one}" for one in mesh),
         "--no-compile",
