@@ -31,7 +31,7 @@ from llm.model.moe import MoE
 from llm.model.ragged import check_path
 from llm.model.transformer import Compute, blueprint
 from llm.sampling import Sampling, prompt_keys
-from llm.setup import _check_mesh
+from llm.setup import check_mesh
 from llm.step import gradients, init_state, jit_train_step, put_batch
 
 EXPERTS = MoEConfig(num_experts=8, top_k=2, shared_mlp_dim=16, balance_loss=0.1, router_z_loss=0.01)
@@ -400,7 +400,7 @@ def test_impossible_experts_are_named(moe, model, named):
 def test_a_mesh_that_does_not_divide_the_experts_is_named(tmp_path):
     def check(moe, **mesh):
         options = experiment(tmp_path, tmp_path, mesh={"data": 1} | mesh, model={"moe": moe} if moe else {})
-        _check_mesh(options, make_mesh(options.mesh))
+        check_mesh(options, make_mesh(options.mesh))
 
     with pytest.raises(UserError, match=r"model.moe.num_experts \(6\) does not divide over mesh.expert=4"):
         check({"num_experts": 6, "top_k": 2}, expert=4, fsdp=2)
