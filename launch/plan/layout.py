@@ -2,7 +2,7 @@
 batch.
 
 Letters as in `llm.model.transformer`: B batch, S sequence, D embed, H heads, G key-value heads, K head
-dimension, F mlp, V vocabulary, L layers.
+dimension, F mlp, V vocabulary, L layers; E experts, k of them a token's.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class Parameter(NamedTuple):
     @property
     def stacked(self) -> bool:
         return self.axes[0] == "layers"
+
+    @property
+    def of_router(self) -> bool:
+        return self.axes[-1] == "experts"
+
+    @property
+    def of_expert(self) -> bool:
+        return "experts" in self.axes and not self.of_router
 
     @property
     def size(self) -> int:
@@ -135,6 +143,12 @@ class Layout:
     def stream(self) -> int:
         """Positions of the residual stream on one device: the sequence is divided over `tensor` too."""
         return self.tokens // self.mesh["tensor"]
+
+    @property
+    def slots(self) -> int:
+        """Rows that a device lays out for all experts together, from its part of the stream; 0 without."""
+        moe = self.model.moe
+        return 0 if moe is None else moe.num_experts * moe.slots(self.stream)
 
     @property
     def step_tokens(self) -> int:

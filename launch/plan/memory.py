@@ -49,11 +49,11 @@ def kept_by_layer(layout: Layout, remat: str) -> int:
     `full`: its input alone, which lies divided over `tensor`. `dots`: besides it what each product with a
     weight gave, but for the last, which nothing in the backward pass reads. `none`: what differentiation
     needs and is not at hand otherwise, norms' insides in float32 among it; their outputs are kept as the
-    products read them, whole over `tensor`.
+    products read them, whole over `tensor`. Experts and router: see below.
     """
     model, width, t = layout.model, layout.width, layout.mesh["tensor"]
     stream, tokens = layout.stream, layout.tokens
-    d, f = model.embed_dim, model.mlp_dim // t
+    d, f = model.embed_dim, (model.mlp_dim if model.moe is None else model.moe.shared_mlp_dim) // t
     q, kv = model.num_heads // t * model.head_dim, model.num_kv_heads // t * model.head_dim
     gated = model.activation == "swiglu"
     if remat == "full":
@@ -61,8 +61,9 @@ def kept_by_layer(layout: Layout, remat: str) -> int:
     if remat == "dots":
         products = tokens * (q + 2 * kv + (2 if gated else 1) * f)
         out = 0 if model.parallel_residual else stream * d  # where only sums read it, nothing keeps it
-        return width * (stream * d + products + out)
-    norms = 2 * (_norm(stream, d) + width * tokens * d)
+        return width * (stream * d + products + out) + of_experts(layout, remat) + _of_router(layout, remat)
+    read = 1 if model.moe is None or f else 0  # by an mlp
+    norms = 2 * _norm(stream, d) + (1 + read) * width * tokens * d
     if model.qk_norm:
         norms += _norm(tokens * model.num_heads // t, model.head_dim)
         norms += _norm(tokens * model.num_kv_heads // t, model.head_dim)
@@ -70,7 +71,38 @@ def kept_by_layer(layout: Layout, remat: str) -> int:
         width * tokens * (2 * q + 2 * kv) + 4 * tokens * model.num_heads // t
     )  # the softmax's log-sums
     mlp = width * tokens * (3 if gated else 4) * f
-    return norms + attention + mlp
+    return norms + attention + mlp + of_experts(layout, remat) + _of_router(layout, remat)
+
+
+def of_experts(layout: Layout, remat: str) -> int:
+    """What a layer keeps in its experts' slots: their hidden layers, and what the last product gave, which
+    the gradient of the tokens' weights reads; `none` keeps also what the first products read.
+
+    Rows are whole over `tensor` where products read them, and where `dots` keeps what one gave.
+    """
+    if layout.model.moe is None or remat == "full":
+        return 0
+    width, n, t = layout.width, layout.slots, layout.mesh["tensor"]
+    d, f = layout.model.embed_dim, layout.model.mlp_dim
+    if remat == "dots":
+        return width * n * (t * d + 2 * f)
+    return width * n * (t * d + 3 * f + d)
+
+
+def _of_router(layout: Layout, remat: str) -> int:
+    """What choosing keeps: float32 logits; with `none` also what the router read, its softmax and the
+    z-loss's, the choices, their weights and slots.
+    """
+    model, stream, n = layout.model, layout.stream, layout.mesh
+    if model.moe is None:
+        return 0
+    e, k = model.moe.num_experts, model.moe.top_k
+    if remat == "dots":
+        return 4 * stream * e
+    sums = k + 2 if model.moe.normalize_top_k else 0
+    gathered = model.embed_dim * e if n["fsdp"] * n["expert"] > 1 else 0
+    each = 4 * (model.embed_dim + 2 * e + 3 * k + 4 + sums) + 1
+    return stream * each + 4 * (layout.slots + e + gathered)
 
 
 def _norm(vectors: int, size: int) -> int:
@@ -82,12 +114,24 @@ def layer_at_work(layout: Layout) -> int:
     """While a layer's backward pass runs: its activations, formed anew unless they were kept, and gradients.
 
     Of these the mlp has most alive at once: those of its hidden layer and of both products that led there,
-    beside the stream's gradient as it came and as it leaves.
+    beside the stream's gradient as it came and as it leaves; experts have them in slots.
     """
-    model, t = layout.model, layout.mesh["tensor"]
+    model, t, moe = layout.model, layout.mesh["tensor"], layout.model.moe
     anew = kept_by_layer(layout, "none") if layout.experiment.train.remat != "none" else 0
     hidden = (3 if model.activation == "swiglu" else 2) * model.mlp_dim // t
-    return anew + layout.width * layout.tokens * (hidden + 2 * model.embed_dim)
+    if moe is None:
+        return anew + layout.width * layout.tokens * (hidden + 2 * model.embed_dim)
+    shared = layout.tokens * (3 * moe.shared_mlp_dim // t)
+    stream = 2 * layout.stream * model.embed_dim
+    return anew + layout.width * (layout.slots * t * (hidden + 2 * model.embed_dim) + shared + stream)
+
+
+def slots_at_peak(layout: Layout) -> int:
+    """Of activations and a layer at work in the backward pass, what lies in experts' slots."""
+    model, t, remat = layout.model, layout.mesh["tensor"], layout.experiment.train.remat
+    anew = of_experts(layout, "none") if remat != "none" else 0
+    gradients = layout.width * layout.slots * (3 * model.mlp_dim + 2 * t * model.embed_dim)
+    return model.num_layers * of_experts(layout, remat) + anew + gradients
 
 
 def logits(layout: Layout) -> int:

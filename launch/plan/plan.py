@@ -90,13 +90,13 @@ def make_plan(experiment: Experiment, name: str, device: Device) -> Plan:
     """Plan a run on its own mesh, of devices of that name.
 
     Raises:
-        UserError: if the model or its microbatches don't divide over the mesh, or it has experts.
+        UserError: if the model or its microbatches don't divide over the mesh, or its experts are `ragged`.
     """
     layout = Layout.of(experiment)
-    if experiment.model.moe is not None:
+    if experiment.train.experts == "ragged":
         raise UserError(
-            "model.moe: the plan does not count experts' activations and exchanges yet, and a wrong number "
-            "is worse than none; llm.data.budget tells parameters and operations"
+            "train.experts is ragged: how many rows its experts get is known only when it runs, and the plan "
+            "counts slots; set train.experts to padded"
         )
     check_mesh(experiment, AbstractMesh(tuple(layout.mesh.values()), tuple(layout.mesh)))
     efficiency = efficiency_of(name)
@@ -120,7 +120,7 @@ def changed(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
 
 def remedies(plan: Plan, device: Device) -> Iterator[tuple[str, Plan]]:
     """Single changes under which the run would fit, the smallest first: what alters no result and needs
-    no more devices, then more devices, then larger ones.
+    no more devices, fewer slots for experts, another mesh, then more devices, then larger ones.
     """
     experiment, mesh = plan.layout.experiment, plan.layout.mesh
     train = experiment.train
@@ -129,6 +129,12 @@ def remedies(plan: Plan, device: Device) -> Iterator[tuple[str, Plan]]:
         steps.append((f"--set train.accumulation={accumulation}", {"train": {"accumulation": accumulation}}))
     for remat in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[train.remat]:
         steps.append((f"--set train.remat={remat}", {"train": {"remat": remat}}))
+    moe = experiment.model.moe
+    for capacity in (2.0, 1.25):
+        if moe is not None and (moe.capacity is None or moe.capacity > capacity):
+            bounded = to_dict(moe) | {"capacity": capacity}
+            note = f"--set model.moe.capacity={capacity:g} (what finds no slot is dropped)"
+            steps.append((note, {"model": {"moe": bounded}}))
     if mesh["data"] > 1:
         moved = mesh | {"data": 1, "fsdp": mesh["data"] * mesh["fsdp"]}
         steps.append((f"--mesh {spelled(moved)}", {"mesh": moved}))

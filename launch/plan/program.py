@@ -10,7 +10,8 @@ text, so a collective is counted as an accelerator would run it:
 - Two gathers of one array within a computation are one.
 
 A sum over several mesh axes is told apart into sums over each, innermost first, each of the part that a
-device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all.
+device then has to pass on: as a hierarchy of rings would do it, and no byte more than one ring over all. Of
+two axes as large as the parts, the one that scatters is not `expert`: what that divides isn't summed there.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ def _along_each(one: Collective, axes: Sequence[str], mesh: Mapping[str, int], p
         yield from (one._replace(axis=axis, devices=mesh[axis]) for axis in axes)
         return
     size = one.size
+    inner = [axis for axis in reversed(axes) if axis != "expert"]
+    likely = [*inner, *(axis for axis in axes if axis == "expert")]
     scattered = next(
-        c for n in range(len(axes) + 1) for c in itertools.combinations(reversed(axes), n)
+        c for n in range(len(axes) + 1) for c in itertools.combinations(likely, n)
         if math.prod(mesh[axis] for axis in c) == parts
     )  # fmt: skip
     for axis in scattered:

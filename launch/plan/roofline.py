@@ -41,7 +41,7 @@ class Times(NamedTuple):
     update: float
     mfu: float
     bound_by: str
-    executed_flops: float  # on all devices, with what is computed again
+    executed_flops: float  # on all devices, with what is computed again and in empty slots
     flops: float  # that the model needs
 
 
@@ -57,7 +57,8 @@ def times(layout: Layout, device: Device, efficiency: float | int) -> Times:
         raise UserError(f"the device has no known peak for train.dtype {train.dtype}: use bfloat16")
     sequence = layout.experiment.data.sequence_length
     flops = layout.step_tokens * training_flops_per_token(layout.model, sequence)
-    executed = flops + layout.step_tokens * recomputed_flops_per_token(layout.model, sequence, train.remat)
+    again = recomputed_flops_per_token(layout.model, sequence, train.remat)
+    executed = flops + layout.step_tokens * (again + empty_flops_per_token(layout))
     compute = executed / layout.devices / (peak * efficiency)
     memory = _activation_traffic(layout) / device.memory_bandwidth
     update = _update_traffic(layout) / device.memory_bandwidth
@@ -107,7 +108,8 @@ def bandwidth(axis: str, mesh: dict[str, int], device: Device) -> float | int:
 def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: str) -> float | int:
     """Operations beyond those that the model needs: the backward pass of every fast attention forms the
     scores once more (half of the forward's products); with remat attention runs forward again, and with
-    `full` so do all products of a layer but the mlp's last, which nothing reads.
+    `full` so do all products of a layer but the mlp's last, which nothing reads. (What experts' last gives is
+    read by the gradient of the tokens' weights.)
     """
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * visible_keys(model, sequence_length)
     if remat == "none":
@@ -115,8 +117,21 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, remat: 
     if remat == "dots":
         return attention / 2 + attention
     head = model.vocab_size * model.embed_dim
-    last = model.num_layers * model.mlp_dim * model.embed_dim
+    width = model.mlp_dim if model.moe is None else model.moe.shared_mlp_dim
+    last = model.num_layers * width * model.embed_dim
     return attention / 2 + attention + 2 * (matmul_parameters(model) - head - last)
+
+
+def empty_flops_per_token(layout: Layout) -> float | int:
+    """Operations in slots beyond the k that a token needs, since experts multiply all rows, forward, backward
+    and again with `full`; below 0 where the capacity turns choices away.
+    """
+    model = layout.model
+    if model.moe is None:
+        return 0
+    passes = 4 if layout.experiment.train.remat == "full" else 3
+    expert = 3 * model.embed_dim * model.mlp_dim
+    return passes * 2 * model.num_layers * expert * (layout.slots / layout.stream - model.moe.top_k)
 
 
 def _activation_traffic(layout: Layout) -> float | int:

@@ -25,7 +25,7 @@ def sweep(experiment: Experiment, devices: int, name: str, device: Device) -> tu
     train = experiment.train
     plans = []
     for mesh in meshes(devices):
-        if mesh["expert"] > 1:
+        if mesh["expert"] > 1 and experiment.model.moe is None:
             continue
         for accumulation in _accumulations(experiment, mesh):
             for remat in REMAT:

@@ -95,6 +95,12 @@ def _memory(plan: Plan) -> Any:
     cells = [f"[bold]{_gb(s)}[/]" if moment == plan.moment else _gb(s) for moment, s in sums.items()]
     verdict = "fits in" if plan.fits else "[red]does not fit in[/]"
     table.add_row("sum", *cells, f"the peak {verdict} {_gb(plan.capacity)}, {plan.peak / plan.capacity:.0%}")
+    moe, slots = plan.layout.model.moe, memory.slots_at_peak(plan.layout)
+    if moe and plan.moment == "backward" and slots > plan.peak / 4:
+        table.caption = (
+            f"{_gb(slots)} GB of it in experts' slots, {plan.layout.slots / plan.layout.stream:.3g} for each "
+            f"token, which takes {moe.top_k} (model.moe.capacity)"
+        )
     return table
 
 
@@ -106,11 +112,12 @@ def _time(plan: Plan) -> Any:
     table.add_column("", style="dim")
     row = fitted_on(plan.device)
     source = f"fitted on {row.system}'s {row.config} on {row.devices} {row.device}" if row else "assumed"
+    empty = " (empty slots, and again)" if plan.layout.model.moe else " (again)"
     again = found.executed_flops / found.flops - 1
     each = plan.tokens_per_second / plan.layout.devices
     table.add_row(
         "compute", f"{found.compute:.2f}",
-        f"{exponent(found.executed_flops)} FLOPs, {again:.0%} of them again; "
+        f"{exponent(found.executed_flops)} FLOPs, {again:.0%} beyond the model's{empty}; "
         f"at {plan.efficiency:.0%} of the peak, {source}",
     )  # fmt: skip
     table.add_row("memory", f"{found.memory:.2f}", "between products, about")
@@ -209,7 +216,8 @@ def print_sweep(
         "bound by",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in ("mesh", "remat", "bound by") else "right")
+        left = name in ("mesh", "remat", "bound by")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name == "mesh")
     for place, plan in enumerate(plans[:shown], 1):
         each = plan.tokens_per_second / plan.layout.devices
         table.add_row(

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from programs import equations
+from programs import equations, products
 
 from core.config import load
 from core.devices import DEVICES
@@ -28,11 +28,12 @@ from launch.plan.device import find
 from launch.plan.layout import Layout
 from launch.plan.plan import make_plan, remedies
 from launch.plan.program import collectives, ring_bytes
-from launch.plan.roofline import bandwidth
+from launch.plan.roofline import bandwidth, empty_flops_per_token, recomputed_flops_per_token
 from launch.plan.sweep import meshes, sweep
 from llm.config import DataConfig, Experiment, TrainConfig
 from llm.data.loader import Batch
-from llm.model.config import ModelConfig
+from llm.model.config import ModelConfig, MoEConfig
+from llm.model.flops import matmul_parameters, training_flops_per_token
 from llm.model.transformer import Compute, blueprint
 from llm.step import objective
 
@@ -42,6 +43,9 @@ MODEL = ModelConfig(
     vocab_size=512, num_layers=4, embed_dim=128, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=256,
     max_length=1024,
 )  # fmt: skip
+
+EXPERTS = {"moe": MoEConfig(num_experts=8, top_k=2, balance_loss=0.01, capacity=1.25)}
+SHARED = {"moe": dataclasses.replace(EXPERTS["moe"], shared_mlp_dim=64, normalize_top_k=False)}
 
 
 def small(mesh: MeshConfig, optimizer: str = "adamw", model: dict | None = None, **train) -> Experiment:
@@ -58,7 +62,13 @@ def small(mesh: MeshConfig, optimizer: str = "adamw", model: dict | None = None,
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("llama3-70b", 70_553_706_496), ("llama2-70b", 68_976_648_192), ("llama3-8b", 8_030_261_248)],
+    [
+        ("llama3-70b", 70_553_706_496),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-30b-a3b", 30_532_122_624),
+    ],
 )
 def test_parameters_of_known_shapes(name, count):
     plan = make_plan(load(Experiment, CONFIGS / f"{name}.yaml"), "a100-80gb", A100)
@@ -121,6 +131,9 @@ MESHES = [
     (MeshConfig(data=1, fsdp=2, tensor=2, context=2), {"accumulation": 2, "dtype": "bfloat16"}),
     (MeshConfig(data=1, fsdp=8), {"remat": "dots"}),
     (MeshConfig(data=2, fsdp=2, tensor=2), {"accumulation": 2, "dtype": "bfloat16"}),
+    (MeshConfig(data=1, expert=8), {"model": EXPERTS}),
+    (MeshConfig(data=1, fsdp=2, expert=4), {"model": EXPERTS, "remat": "dots", "dtype": "bfloat16"}),
+    (MeshConfig(data=1, expert=4, tensor=2), {"model": EXPERTS}),
     (MeshConfig(data=2, fsdp=2, tensor=2), {"remat": "none", "dtype": "bfloat16"}),
     (MeshConfig(data=1, fsdp=2, tensor=4), {"remat": "dots", "model": {"tied_head": True}}),
     (MeshConfig(data=2, context=4), {}),
@@ -130,13 +143,24 @@ MESHES = [
         MeshConfig(data=2, fsdp=2, tensor=2),
         {"model": {"norm": "layer", "activation": "gelu", "bias": "all", "parallel_residual": True}},
     ),
+    (MeshConfig(data=1, fsdp=2, tensor=2, context=2), {"remat": "dots"}),
+    (MeshConfig(data=1, fsdp=8), {"model": EXPERTS}),
+    (MeshConfig(data=1, expert=4, tensor=2), {"model": EXPERTS, "remat": "dots", "dtype": "bfloat16"}),
+    (MeshConfig(data=2, fsdp=2, expert=2), {"model": EXPERTS, "remat": "dots", "accumulation": 2}),
+    (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), {"model": EXPERTS, "remat": "none"}),
+    (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), {"model": SHARED}),
+    (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), {"model": SHARED, "remat": "dots"}),
+    (MeshConfig(data=1, fsdp=2, tensor=2, expert=2), {"model": EXPERTS | {"parallel_residual": True}}),
+    (MeshConfig(data=1, fsdp=2, context=2, expert=2), {"model": EXPERTS, "remat": "dots"}),
+    (MeshConfig(data=2, context=2, expert=2), {"model": EXPERTS, "remat": "none"}),
+    (MeshConfig(data=1, tensor=2, context=2, expert=2), {"model": EXPERTS, "remat": "dots"}),
 ]
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[5:]]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[8:]]
 
 
-@pytest.mark.parametrize(("mesh", "changes"), [*MESHES[:5], *SLOW], ids=str)
+@pytest.mark.parametrize(("mesh", "changes"), [*MESHES[:8], *SLOW], ids=str)
 def test_exchanges_are_those_of_the_compiled_step(mesh, changes):
     """Bytes along each axis, but for a few scalars: losses and norms."""
     experiment = small(mesh, **changes)
@@ -164,11 +188,39 @@ def test_memory_grows_with_layers_as_in_the_compiled_step(remat):
     assert after.temp_size_in_bytes - before.temp_size_in_bytes == grown
 
 
+@pytest.mark.parametrize(
+    ("remat", "mesh"),
+    [
+        ("dots", MeshConfig(data=1, expert=2, tensor=2)),
+        pytest.param("full", MeshConfig(data=1, fsdp=2, expert=2), marks=pytest.mark.slow),
+        pytest.param("full", MeshConfig(data=1, expert=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_memory_of_experts_grows_with_layers_as_in_the_compiled_step(remat, mesh):
+    """To the byte, but for one more copy of the routers, which the CPU makes."""
+    found = []
+    for layers in (8, 12):
+        experiment = small(mesh, remat=remat, model=EXPERTS | {"num_layers": layers})
+        layout = Layout.of(experiment)
+        program = lower(experiment, make_mesh(mesh, jax.devices()[:4])).compile().memory_analysis()
+        found.append((program, memory.at("backward", layout)))
+    (before, less), (after, more) = found
+    state = sum(more[kind] - less[kind] for kind in ("weights", "optimizer"))
+    assert after.argument_size_in_bytes - before.argument_size_in_bytes == state
+    grown = sum(more[kind] - less[kind] for kind in ("gradients", "activations"))
+    (router,) = (4 * p.share(layout.mesh) for p in layout.parameters if p.of_router)
+    assert after.temp_size_in_bytes - before.temp_size_in_bytes == grown + 4 * router
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "model",
     [
         {},
+        EXPERTS,
+        SHARED,
+        {"moe": dataclasses.replace(EXPERTS["moe"], capacity=None)},
         {"norm": "layer", "activation": "gelu", "bias": "all", "parallel_residual": True},
         {"qk_norm": True, "bias": "qkv"},
     ],
@@ -177,19 +229,43 @@ def test_memory_grows_with_layers_as_in_the_compiled_step(remat):
 def test_what_a_layer_keeps_is_what_jax_keeps(remat, model):
     """The stacks that the forward pass over layers leaves for the backward pass, traced in bfloat16."""
     experiment = small(MeshConfig(data=1), dtype="bfloat16", remat=remat, model=model)
-    train, layout = experiment.train, Layout.of(experiment)
-    blue = blueprint(experiment.model, Compute(train.dtype, "blockwise", remat))
+    layers, layout = experiment.model.num_layers, Layout.of(experiment)
+    forward = next(
+        e
+        for e, _ in equations(traced(experiment))
+        if e.primitive.name == "scan" and e.params["length"] == layers
+    )
+    stacks = forward.outvars[forward.params["num_carry"] :]
+    statistics = 3 * 4 * layers if experiment.model.moe else 0  # of routing
+    kept = sum(out.aval.size * out.aval.dtype.itemsize for out in stacks) - statistics
+    assert layers * memory.kept_by_layer(layout, remat) == kept
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("model", [{}, EXPERTS, SHARED], ids=str)
+def test_operations_are_those_of_the_traced_products(remat, model):
+    """Of products with weights, also in empty slots; attention's blocks compute some that the mask hides."""
+    experiment = small(MeshConfig(data=1), remat=remat, model=model)
+    config, layout, length = experiment.model, Layout.of(experiment), 256
+    attention = training_flops_per_token(config, length) - 6 * matmul_parameters(config)
+    again = {"none": 1 / 6, "dots": 1 / 2, "full": 1 / 2}[remat] * attention
+    planned = 6 * matmul_parameters(config) + empty_flops_per_token(layout)
+    planned += recomputed_flops_per_token(config, length, remat) - again
+    found = 0
+    for product, flops in products(traced(experiment)):
+        _, batch = product.params["dimension_numbers"]
+        found += flops if batch != ((0, 1), (0, 1)) else 0  # attention's are of rows and key-value heads
+    assert found == pytest.approx(layout.step_tokens * planned)
+
+
+def traced(experiment: Experiment):
+    """The loss's gradient on one device."""
+    train = experiment.train
+    blue = blueprint(experiment.model, Compute(train.dtype, "blockwise", train.remat))
     ids, weights = jax.ShapeDtypeStruct((16, 256), jnp.int32), jax.ShapeDtypeStruct((16, 256), jnp.float32)
     batch = Batch(ids, ids, ids, ids, weights)
     gradient = jax.grad(lambda params, batch: objective(blue, train, params, batch, 1.0), has_aux=True)
-    jaxpr = jax.make_jaxpr(gradient)(blue.shapes, batch).jaxpr
-    layers = experiment.model.num_layers
-    forward = next(
-        e for e, _ in equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == layers
-    )
-    stacks = forward.outvars[forward.params["num_carry"] :]
-    kept = sum(out.aval.size * out.aval.dtype.itemsize for out in stacks)
-    assert layers * memory.kept_by_layer(layout, remat) == kept
+    return jax.make_jaxpr(gradient)(blue.shapes, batch).jaxpr
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
@@ -282,12 +358,54 @@ def test_what_does_not_fit_gets_the_smallest_change():
     assert other.fits and note == "--set train.accumulation=32"
 
 
+def test_experts_with_a_slot_for_every_token_are_told_to_have_fewer(plan_command):
+    """One sequence a microbatch, so that only the capacity is left to lower; the table says what it takes."""
+    path, mesh = CONFIGS / "qwen3-30b-a3b.yaml", ["mesh.fsdp=4", "mesh.expert=8", "train.accumulation=64"]
+    experiment = load(Experiment, path, [*mesh, "model.moe.capacity=null"])
+    plan = make_plan(experiment, "a100-40gb", DEVICES["a100-40gb"])
+    note, other = next(remedies(plan, DEVICES["a100-40gb"]))
+    assert not plan.fits and other.fits and note.startswith("--set model.moe.capacity=2 ")
+    rows = 128 * 4096  # a sequence for each expert: formed anew, two bytes each, and as many gradients
+    assert memory.slots_at_peak(plan.layout) == 2 * rows * 2 * (2 * 2048 + 3 * 768)
+    told = plan_command(
+        "--config", str(path), "--set", "model.moe.capacity=null", *(f"--set={one}" for one in mesh),
+        "--no-compile",
+    )  # fmt: skip
+    assert "128 for each token, which takes 8" in told.replace("\n", " ")
+
+
+def test_experts_need_as_many_exchanges_as_by_hand():
+    """A row of 8 tokens on each of expert=2; four experts, of which a token takes one, have 2 slots each."""
+    experiment = small(MeshConfig(data=1, expert=2), remat="full")
+    moe = MoEConfig(num_experts=4, top_k=1, capacity=1.0)
+    model = dataclasses.replace(MODEL, moe=moe)
+    data = DataConfig(sequence_length=8, batch_size=2)
+    layout = Layout.of(dataclasses.replace(experiment, model=model, data=data))
+    assert layout.slots == 4 * 2
+    (slots,) = (one for one in exchanges(layout) if one.what == "slots")
+    assert slots.kind == "all-to-all" and slots.axis == "expert"
+    assert slots.sent == 4 * 6 * 8 * 128 * 4 / 2  # layers; there and back thrice; half of the float32 rows
+    assert empty_flops_per_token(layout) == 0  # as many slots as choices
+    kernels = 2 * 128 * 256 * 3  # of the experts of one device
+    assert sum(p.share(layout.mesh) for p in layout.parameters if p.of_expert) == kernels
+    summed = sum(one.size * one.times for one in exchanges(layout) if one.what == "gradients")
+    dense = sum(
+        4 * p.share(layout.mesh, ("expert",)) * (4 if p.stacked else 1)
+        for p in layout.parameters
+        if not p.of_expert
+    )
+    assert summed == dense
+
+
 def test_all_meshes_are_tried_and_the_fastest_that_fits_is_first():
     assert len(list(meshes(8))) == math.comb(3 + 4, 4)
     assert all(math.prod(mesh.values()) == 12 for mesh in meshes(12))
     plans, tried = sweep(small(MeshConfig(data=1)), 8, "a100-80gb", A100)
     assert tried == len(plans) > 100 and {p.layout.devices for p in plans} == {8}
     assert plans[0].times.step == min(plan.times.step for plan in plans if plan.fits)
+    assert {plan.layout.mesh["expert"] for plan in plans} == {1}
+    plans, _ = sweep(small(MeshConfig(data=1), model=EXPERTS), 8, "a100-80gb", A100)
+    assert {plan.layout.mesh["expert"] for plan in plans} == {1, 2, 4, 8}
 
 
 @pytest.fixture
@@ -346,7 +464,7 @@ def test_the_tables_tell_it(plan_command, tmp_path):
         (["--sweep", "0"], "above 0"),
         (["--sweep", "7", "--no-compile"], "power of two"),
         (["--price", "nan"], "above 0"),
-        (["--config", str(CONFIGS / "mixtral-8x7b.yaml"), "--no-compile"], "experts"),
+        (["--config", str(CONFIGS / "mixtral-8x7b.yaml"), "--set", "train.experts=ragged"], "to padded"),
         (["--device", "tpu-v5p", "--set", "train.dtype=float32", "--no-compile"], "use bfloat16"),
     ],
 )
@@ -400,8 +518,7 @@ for path in map(Path, sys.argv[1:]):
     experiment = load(Experiment, path)
     mesh = sizes(experiment.mesh)
     count = math.prod(mesh.values())
-    if experiment.model.moe is None:
-        make_plan(experiment, "h100", DEVICES["h100"])
+    make_plan(experiment, "h100", DEVICES["h100"])
     lowered = lower(experiment, make_mesh(MeshConfig(**mesh), jax.devices()[:count]))
     print(path.stem, lowered.as_text().count("mhlo.num_partitions") and count)
 """
