@@ -71,7 +71,7 @@ def temporary_bytes(length: int, backend: str) -> int:
 
 def plot(found: dict[str, dict[int, int]], path: Path) -> None:
     """Bytes against the length of the sequence, both log."""
-    from core.plots import BLUE, INK, RED, new_figure, save
+    from core.plots import BLUE, INK, RED, new_figure, save, style
 
     figure = new_figure(6, 3.8)
     axes = figure.subplots()
@@ -81,11 +81,9 @@ def plot(found: dict[str, dict[int, int]], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.axhline(80e9 / 2**30, color=INK, linewidth=0.8, linestyle="--", label="an 80 GB card")
+    style(axes, "GiB of temporaries a device", "tokens of the sequence, over eight devices")
     axes.set_xticks(LENGTHS, [f"{length // 1024}k" for length in LENGTHS])
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("tokens of the sequence, over eight devices")
-    axes.set_ylabel("GiB of temporaries a device")
-    axes.legend(frameon=False)
     save(figure, path)
 
 

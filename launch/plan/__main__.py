@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--price", type=float, metavar="USD", help="of one device for an hour")
     parser.add_argument("--no-compile", action="store_true", help="leave the cross-check out")
     parser.add_argument("--json", action="store_true", help="one JSON object; a list with --sweep")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="of the sweep; default: sweep-NAME.png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="of the sweep; default: plots/sweep-NAME.png"
+    )
     parser.add_argument("--calibration", action="store_true", help="alone: predictions of published runs")
     args = parser.parse_args(argv)
     for name in ("tokens", "price", "sweep"):
@@ -138,7 +140,7 @@ def _sweep(args: argparse.Namespace, experiment: Experiment, device, tokens: flo
             return
         return
     print_sweep(out, fitting, tried, SHOWN, compiled)
-    path = args.plot or Path(f"sweep-{experiment.run.name}.png")
+    path = args.plot or Path("plots") / f"sweep-{experiment.run.name}.png"
     plot_sweep(plans, name, path)
     out.print(f"plot: {path}")
     hours = fitting[0].hours(tokens)

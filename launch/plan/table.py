@@ -207,17 +207,17 @@ def print_sweep(
         "",
         "mesh",
         "micro-\nbatches",
-        "rows",
+        "of\nrows",
         "remat",
         "GB",
         "s/step",
-        "tok/s\na device",
+        "tok/s/\ndevice",
         "MFU",
-        "bound by",
+        "bound\nby",
     )
     for name in columns:
-        left = name in ("mesh", "remat", "bound by")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name == "mesh")
+        left = name in ("mesh", "remat", "bound\nby")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for place, plan in enumerate(plans[:shown], 1):
         each = plan.tokens_per_second / plan.layout.devices
         table.add_row(
