@@ -57,7 +57,9 @@ def run_of(corpus: Path, runs: Path, name: str, mesh: dict[str, int], changes: d
     )
 
 
-@pytest.mark.parametrize("kind", COURSES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "adamw" else pytest.param(kind, marks=pytest.mark.slow) for kind in COURSES]
+)
 def test_a_run_that_moves_from_mesh_to_mesh(kind, corpus, tmp_path, monkeypatch):
     """Every three steps it is stopped by SIGTERM, which saves it, and taken up on other devices."""
     changes, meshes = COURSES[kind]

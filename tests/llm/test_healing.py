@@ -120,6 +120,7 @@ def test_it_goes_back_skips_what_was_bad_and_goes_on(
         assert figures(run) == figures(tmp_path / "never")
 
 
+@pytest.mark.slow
 def test_a_rewound_run_that_is_killed_goes_on_as_if_it_had_not_been(corpus, tmp_path, monkeypatch):
     poison(monkeypatch, range(26, 27), not_a_number)
     train(run_of(corpus, tmp_path))
