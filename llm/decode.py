@@ -225,7 +225,7 @@ def compile_for(config: ModelConfig, dtype: str = "float32") -> Programs:
         shape = (len(state.tokens), CHUNK)
         new = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         _, state, new = jax.lax.while_loop(go_on, step, (jnp.int32(0), state, new))
-        return state, new
+        return state, jax.tree.map(lambda x: shard(x, None, None), new)
 
     return Programs(
         jax.jit(prepare),
@@ -241,6 +241,7 @@ def _draw(model: Transformer, hidden, state: State, keys, sampling: Sampling, st
     tokens, log_probabilities = sample(logits[:, 0], fold_in(keys, state.drawn), sampling)
     tokens = shard(jnp.where(state.finished, PAD, tokens), None)
     log_probabilities = shard(jnp.where(state.finished, 0.0, log_probabilities), None)
-    drawn = state.drawn + ~state.finished
-    finished = state.finished | jnp.isin(tokens, stop_ids)
+    # On every device, as tokens are: each process reads them all.
+    drawn = shard(state.drawn + ~state.finished, None)
+    finished = shard(state.finished | jnp.isin(tokens, stop_ids), None)
     return State(state.cache, tokens, log_probabilities, state.positions + 1, drawn, finished)

@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
     def config(self, name: str, **changes) -> Path:
         """The file of an experiment."""
-        mesh = {"mesh": MESH, "eval": {"every": 6, "prompts": ["def f"], "sample_tokens": 4}, **changes}
+        mesh = {"mesh": MESH, "eval": {"every": 6, "prompts": ["def f", "import "], "sample_tokens": 4}, **changes}
         path = self.runs / f"{name}.yaml"
         path.write_text(to_yaml(experiment(self.corpus, self.runs, name, **mesh)))
         return path
