@@ -204,7 +204,7 @@ def compile_for(config: ModelConfig, dtype: str = "float32") -> Programs:
         output = model(tokens, positions, segments, empty_cache(config, batch, slots, dtype))
         zeros = jnp.zeros(batch, jnp.int32)
         state = State(output.cache, zeros, zeros.astype(jnp.float32), positions[:, -1], zeros, zeros > 0)
-        return _draw(model, output.hidden, state, keys, sampling, stop_ids)
+        return _readable(_draw(model, output.hidden, state, keys, sampling, stop_ids))
 
     def continue_(params, state, keys, sampling, stop_ids, count):
         model = decoding.bind(params)
@@ -225,7 +225,7 @@ def compile_for(config: ModelConfig, dtype: str = "float32") -> Programs:
         shape = (len(state.tokens), CHUNK)
         new = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         _, state, new = jax.lax.while_loop(go_on, step, (jnp.int32(0), state, new))
-        return state, jax.tree.map(lambda x: shard(x, None, None), new)
+        return _readable(state), jax.tree.map(lambda x: shard(x, None, None), new)
 
     return Programs(
         jax.jit(prepare),
@@ -241,7 +241,11 @@ def _draw(model: Transformer, hidden, state: State, keys, sampling: Sampling, st
     tokens, log_probabilities = sample(logits[:, 0], fold_in(keys, state.drawn), sampling)
     tokens = shard(jnp.where(state.finished, PAD, tokens), None)
     log_probabilities = shard(jnp.where(state.finished, 0.0, log_probabilities), None)
-    # On every device, as tokens are: each process reads them all.
-    drawn = shard(state.drawn + ~state.finished, None)
-    finished = shard(state.finished | jnp.isin(tokens, stop_ids), None)
+    drawn = state.drawn + ~state.finished
+    finished = state.finished | jnp.isin(tokens, stop_ids)
     return State(state.cache, tokens, log_probabilities, state.positions + 1, drawn, finished)
+
+
+def _readable(state: State) -> State:
+    """With all that a process reads of it on every device."""
+    return state._replace(drawn=shard(state.drawn, None), finished=shard(state.finished, None))
