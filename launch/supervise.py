@@ -3,7 +3,8 @@
 Starts `llm.train` once a process, on this machine, or with `--hosts` once a host through Slurm's `srun`. When
 one dies it says which and how, ends the others, which would wait for it, and goes on from the last checkpoint
 on those that are left, on the largest mesh that fits them. The global batch stays, and with it the order of
-the data. A user's error (exit code 2) or too many deaths without a checkpoint between them end the job.
+the data. A user's error (exit code 2), a failure of all at once, or too many deaths without a checkpoint
+between them end the job.
 """
 
 from __future__ import annotations
@@ -111,6 +112,9 @@ def supervise(
             return 0 if set(codes) <= {0, LOST_PEER} else 1
         for child in dead:
             _say(_obituary(child))
+        if len(dead) == len(children) > 1:
+            _say("all processes ended so: the program's doing, or the machines' common one; giving up")
+            return 1
         step = _newest_checkpoint(experiment)
         deaths = 1 if step != reached else deaths + 1
         if deaths >= DEATHS:

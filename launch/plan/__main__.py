@@ -25,8 +25,6 @@ SHOWN, COMPILED = 15, 3
 
 
 def main(argv: list[str]) -> None:
-    if argv == ["--calibration"]:
-        return _calibration()
     parser = argparse.ArgumentParser(
         prog="python -m launch.plan", description=__doc__.partition(": ")[2].partition("\n")[0]
     )
@@ -49,7 +47,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="of the sweep; default: plots/sweep-NAME.png"
     )
-    parser.add_argument("--calibration", action="store_true", help="alone: predictions of published runs")
     args = parser.parse_args(argv)
     for name in ("tokens", "price", "sweep"):
         value = getattr(args, name)
@@ -145,13 +142,6 @@ def _sweep(args: argparse.Namespace, experiment: Experiment, device, tokens: flo
     out.print(f"plot: {path}")
     hours = fitting[0].hours(tokens)
     out.print(f"the first trains {tokens:,.0f} tokens in {hours / 24:,.1f} days")
-
-
-def _calibration() -> None:
-    from launch.plan.calibration import outcomes
-    from launch.plan.table import console, print_calibration
-
-    print_calibration(console(), outcomes())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast devices really are: published throughputs, the efficiencies fitted on them, and the errors left.
+"""`python -m launch.plan.calibration`: published throughputs, efficiencies fitted on them, and errors left.
 
 A publication seldom says all that a step's time depends on. What is assumed here stands in each row: weights
 divided over all devices, so many sequences on each, and what is kept for the backward pass.
@@ -6,12 +6,14 @@ divided over all devices, so many sequences on each, and what is kept for the ba
 
 from __future__ import annotations
 
+import argparse
 import functools
 from pathlib import Path
 from typing import NamedTuple
 
 from core.config import load, parse, to_dict
 from core.devices import DEVICES
+from core.errors import run_command
 from launch.plan.device import find
 from launch.plan.layout import Layout
 from launch.plan.roofline import times
@@ -100,3 +102,16 @@ def outcomes() -> list[Outcome]:
     """Predicted against published, for each row."""
     found = [(row, predict(row, efficiency_of(row.device))) for row in ROWS]
     return [Outcome(row, predicted, predicted / row.published - 1) for row, predicted in found]
+
+
+def main(argv: list[str]) -> None:
+    from launch.plan.table import console, print_calibration
+
+    argparse.ArgumentParser(
+        prog="python -m launch.plan.calibration", description=__doc__.partition(": ")[2].partition("\n")[0]
+    ).parse_args(argv)
+    print_calibration(console(), outcomes())
+
+
+if __name__ == "__main__":
+    run_command(main)

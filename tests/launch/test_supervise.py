@@ -178,3 +178,16 @@ def test_deaths_without_progress_end_the_job(place, tmp_path):
     _, said = start(command, place, PYTHONPATH=str(tmp_path)).communicate(timeout=120)
     assert said.count("process 0 was killed by SIGKILL; the last it said:\n    | no driver") == 1
     assert said.count("was killed by SIGKILL") == 3 and "3 deaths without a new checkpoint" in said
+
+
+def test_what_fails_everywhere_is_not_blamed_on_machines(place, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'llm.train' in sys.orig_argv:\n"
+        "    os.write(2, b'no such driver\\n')\n"
+        "    os._exit(1)\n"
+    )
+    job = start(supervisor(place.config("broken")), place, PYTHONPATH=str(tmp_path))
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 1 and "all processes ended so" in said and "going on" not in said, said
+    assert said.count("ended with exit code 1; the last it said:") == 2 and "| no such driver" in said

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_step
 import torch
 from numpy.testing import assert_allclose
 from programs import collectives, partitioned
@@ -32,7 +33,7 @@ from llm.model.ragged import check_path
 from llm.model.transformer import Compute, blueprint
 from llm.sampling import Sampling, prompt_keys
 from llm.setup import check_mesh
-from llm.step import gradients, init_state, jit_train_step, put_batch
+from llm.step import gradients, init_state, jit_train_step
 
 EXPERTS = MoEConfig(num_experts=8, top_k=2, shared_mlp_dim=16, balance_loss=0.1, router_z_loss=0.01)
 SPARSE = dataclasses.replace(MODEL, moe=EXPERTS)
@@ -156,20 +157,8 @@ def test_losses_of_even_and_of_one_sided_routing():
     assert_allclose(routing.router_z_loss, (50 + np.log(1 + np.exp(-1))) ** 2, rtol=1e-6)
 
 
-def run(options: MeshConfig, *, devices=None, experts="padded", train=TRAIN, config=SPARSE):
-    """Five steps; metrics by step, and the parameters at the end."""
-    attention = "ring" if options.context > 1 else "reference"
-    model = blueprint(config, Compute(train.dtype, attention, experts=experts))
-    mesh = make_mesh(options, devices)
-    tx = make_optimizer(SGD, train.steps, model.decay, model.axes)
-    with jax.set_mesh(mesh):
-        state = init_state(model, train, tx, mesh, seed=0)
-        step = jit_train_step(model, train, tx, mesh)
-        history = []
-        for i in range(train.steps):
-            state, metrics = step(state, put_batch(packed_batch(i), mesh))
-            history.append({name: float(value) for name, value in metrics.items()})
-    return history, jax.tree.map(np.asarray, state.params)
+def run(options: MeshConfig, train=TRAIN, devices=None):
+    return test_step.run(options, train, devices=devices, config=SPARSE)
 
 
 @functools.cache
@@ -222,7 +211,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
 )
 def test_ragged_takes_the_same_course(options, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
-    assert_same_course(run(options, experts="ragged"), one_device())
+    assert_same_course(run(options, dataclasses.replace(TRAIN, experts="ragged")), one_device())
 
 
 def test_ragged_lowers_for_a_gpu_and_is_refused_elsewhere():
@@ -340,9 +329,7 @@ def computed(compute: Compute):
 
 
 def test_float16_takes_float32s_course():
-    half = run(
-        MeshConfig(data=1), devices=jax.devices()[:1], train=dataclasses.replace(TRAIN, dtype="float16")
-    )
+    half = run(MeshConfig(data=1), dataclasses.replace(TRAIN, dtype="float16"), jax.devices()[:1])
     for ours, theirs in zip(half[0], one_device()[0], strict=True):
         for name in ("loss", "balance_loss", "router_z_loss"):
             assert_allclose(ours[name], theirs[name], rtol=2e-2)

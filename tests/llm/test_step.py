@@ -50,10 +50,16 @@ def packed_batch(seed: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], segments, positions.astype(np.int32), weights)
 
 
-def run(options: MeshConfig, train: TrainConfig = TRAIN, optimizer: OptimizerConfig = SGD, devices=None):
+def run(
+    options: MeshConfig,
+    train: TrainConfig = TRAIN,
+    optimizer: OptimizerConfig = SGD,
+    devices=None,
+    config: ModelConfig = MODEL,
+):
     """Five steps; metrics by step, and the parameters at the end."""
     attention = "ring" if options.context > 1 else "reference"
-    model = blueprint(MODEL, Compute(train.dtype, attention, train.remat))
+    model = blueprint(config, Compute(train.dtype, attention, train.remat, experts=train.experts))
     mesh = make_mesh(options, devices)
     tx = make_optimizer(optimizer, train.steps, model.decay, model.axes)
     with jax.set_mesh(mesh):
