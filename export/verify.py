@@ -78,7 +78,7 @@ def _libraries() -> tuple[Any, Any]:
 def _check_tokens(tokenizer: Tokenizer, theirs: Any, folder: Path) -> None:
     for text in _PROMPTS:
         ids, bare, whole = tokenizer.encode(text), *(
-            theirs(text, add_special_tokens=special).input_ids for special in (False, True)
+            theirs(text, add_special_tokens=special, verbose=False).input_ids for special in (False, True)
         )  # fmt: skip
         # Many tokenizers add nothing in front; twice is the mistake that is made.
         if bare != ids or whole not in (ids, encode_prompt(tokenizer, text)):
