@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from core.files import sync_folder
 from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
+_PIECE, _CHUNK = 4 << 20, 64 << 20  # bytes, see `layout`
 _log = logging.getLogger(__name__)
 
 
@@ -81,12 +83,16 @@ class Checkpointer:
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
             # Orbax refuses an item without arrays, such as the state of plain SGD.
-            **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)},
+            **{
+                name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(layout, tree))
+                for name, tree in trees.items()
+                if jax.tree.leaves(tree)
+            },
         )
         with self._naming_disk_errors(step):
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_unfinished()
+                self.remove_unfinished()
                 self._set_aside_from(step)
             self._orbax.save(self._unfinished(step), args=items)
         self._saving = step, self._background.submit(self._finish, step, hold)
@@ -177,12 +183,10 @@ class Checkpointer:
     def _finish(self, step: int, hold: Sequence[int]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            manifest.write(self._unfinished(step))
-            os.rename(self._unfinished(step), self.folder / str(step))
-            sync_folder(self.folder)
+            complete(self._unfinished(step), self.folder / str(step))
             held = [max(early) for at in hold if (early := [old for old in self.steps() if old <= at])]
             for old in self.steps()[: -self._keep]:
-                if old not in held[:1]:
+                if old not in held[:1] and old != 0:  # what the run began from can't be made again
                     self._delete(old)
 
     def _delete(self, step: int) -> None:
@@ -190,7 +194,7 @@ class Checkpointer:
         os.rename(self.folder / str(step), condemned)  # so a kill never leaves half a checkpoint by its name
         shutil.rmtree(condemned)
 
-    def _remove_unfinished(self) -> None:
+    def remove_unfinished(self) -> None:
         for path in self.folder.iterdir():
             if re.fullmatch(r"\d+\.(saving.*|deleting)", path.name):
                 for _ in range(50):  # writes that a failed save left behind may still be putting files there
@@ -266,7 +270,7 @@ class Checkpointer:
             if number is None:
                 raise
             if jax.process_index() == 0 and self.folder.is_dir():
-                self._remove_unfinished()
+                self.remove_unfinished()
             full = number in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full else os.strerror(number)
             remedy = "free some space" if full else "mend that"
@@ -276,6 +280,27 @@ class Checkpointer:
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; "
                 f"{rest}{remedy} and run the same command with --resume"
             ) from error
+
+
+def complete(unfinished: Path, folder: Path) -> None:
+    """Make a checkpoint of what was written to `unfinished`: with its checksums, and by one rename."""
+    manifest.write(unfinished)
+    os.rename(unfinished, folder)
+    sync_folder(folder.parent)
+
+
+def layout(leaf: Any) -> ocp.SaveArgs:
+    """How an array lies on the disk: in chunks, which are read whole.
+
+    Each step of a leading axis has chunks of its own where it holds more than `_PIECE` bytes: so layers and
+    experts can be read one by one. What is larger than `_CHUNK`, such as an embedding, is cut further. On
+    several devices each writes its part in such chunks.
+    """
+    size = leaf.dtype.itemsize
+    inner = [size * math.prod(leaf.shape[axis + 1 :]) for axis in range(len(leaf.shape))]
+    axes = tuple(axis for axis, held in enumerate(inner) if held > _PIECE)
+    large = axes or size * math.prod(leaf.shape) > _CHUNK
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=axes) if large else ocp.SaveArgs()
 
 
 def newest_params(run: RunFolder, target: Any) -> Any:
