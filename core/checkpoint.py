@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves the state of a run to `folder/STEP` and restores it; the newest `keep` checkpoints are kept.
 
+    So is one of step 0, which holds the weights that the run was imported with (`core.tensors`) and that
+    can't be made again.
+
     Nothing is created or removed before the first `save`, so a run that is still training can be read.
     With several processes each calls every method, on a folder that all of them see.
     """
@@ -184,9 +187,10 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             complete(self._unfinished(step), self.folder / str(step))
-            held = [max(early) for at in hold if (early := [old for old in self.steps() if old <= at])]
-            for old in self.steps()[: -self._keep]:
-                if old not in held[:1] and old != 0:  # what the run began from can't be made again
+            trained = [old for old in self.steps() if old > 0]
+            held = [max(early) for at in hold if (early := [old for old in trained if old <= at])]
+            for old in trained[: -self._keep]:
+                if old not in held[:1]:
                     self._delete(old)
 
     def _delete(self, step: int) -> None:

@@ -124,14 +124,15 @@ class _PieceHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
+        writing = self._write(values, infos)  # once Orbax has made the folder
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="pieces")]
+
+    async def _write(self, values: Sequence[Any], infos: Sequence[Any]) -> None:
         tensors = {info.name: _Tensor(value, info) for value, info in zip(values, infos, strict=True)}
-        for info in infos:
-            await info.await_path_creation()
         for path, index, piece in self._pieces:
             await tensors[".".join(path)].write(index, piece)
         for tensor in tensors.values():
             tensor.require_complete()
-        return []
 
 
 class _Tensor:
