@@ -272,6 +272,10 @@ class Engine:
             self._changed.notify()
         return ticket
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def status(self) -> Status:
         running = sum(ticket is not None for ticket in self._active) + (self._reading is not None)
         return Status(running, len(self._waiting), len(self._active), self._ring.slots, self._tokens)
