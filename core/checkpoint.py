@@ -82,13 +82,13 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        trees = {"params": params, "opt": opt_state}
+        trees = {"params": (params, jax.tree.map(layout, params)), "opt": (opt_state, None)}
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
             # Orbax refuses an item without arrays, such as the state of plain SGD.
             **{
-                name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(layout, tree))
-                for name, tree in trees.items()
+                name: ocp.args.PyTreeSave(tree, save_args=where)
+                for name, (tree, where) in trees.items()
                 if jax.tree.leaves(tree)
             },
         )

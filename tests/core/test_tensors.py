@@ -1,4 +1,4 @@
-"""Parameters read and written piece by piece: the same bits, no more than what is asked for, complete or absent."""
+"""Parameters in pieces: the same bits, what is asked for and no more, complete or absent."""
 
 from __future__ import annotations
 
