@@ -82,13 +82,13 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        trees = {"params": params, "opt": opt_state}
+        trees = {"params": (params, jax.tree.map(layout, params)), "opt": (opt_state, None)}
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
             # Orbax refuses an item without arrays, such as the state of plain SGD.
             **{
-                name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(layout, tree))
-                for name, tree in trees.items()
+                name: ocp.args.PyTreeSave(tree, save_args=where)
+                for name, (tree, where) in trees.items()
                 if jax.tree.leaves(tree)
             },
         )
@@ -270,7 +270,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            number = _os_error_number(error)
+            number = os_error_number(error)
             if number is None:
                 raise
             if jax.process_index() == 0 and self.folder.is_dir():
@@ -342,7 +342,8 @@ def _mute_orbax() -> None:
 _mute_orbax()
 
 
-def _os_error_number(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
+    """The system's number of an error of Python or TensorStore; None for another error."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))
