@@ -64,12 +64,16 @@ def _server(
 ) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The base URL of a server that answers, and what tells why it ended, None while it runs."""
     if args.engine == "jax":
-        from launch.server import running as running_jax
-        from launch.server.model import load_served
+        from core import devices, log
 
-        served = load_served(args.model, name)
+        log.setup("llm", "launch")
+        devices.prepare()
+        from launch.server import running as running_jax
+        from launch.server.model import Served
+
+        served = Served.of(args.model, name)
         with running_jax(served, args.host, args.port, api_key=args.api_key) as url:
-            yield url, lambda: None
+            yield f"{url}/v1", lambda: None
         return
     from launch.vllm import running as running_vllm
 
