@@ -71,7 +71,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-    """A small model of one-line documents, exported; it ends its turns where it learned to open a parenthesis.
+    """A small model of one-line documents, exported; it ends turns where it learned to open a parenthesis.
 
     Pretraining text has no ends of turns, so the head's rows of these two tokens change places in the
     export, which is then imported.
