@@ -31,7 +31,7 @@ from core.files import sync_folder
 from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
-_PIECE, _CHUNK = 4 << 20, 64 << 20  # bytes, see `layout`
+_PIECE, _CHUNK = 4 << 20, 256 << 20  # bytes, see `layout`
 _log = logging.getLogger(__name__)
 
 
