@@ -139,13 +139,14 @@ class _Parameter:
     def __init__(self, checkpoint: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype):
         self._shape, self._dtype, self._stored = shape, dtype, checkpoint.stored
         self._holders = {
-            tensor.index: (tensor, tensor.row.paths.index(path))
+            tensor.at: (tensor, tensor.row.paths.index(path))
             for tensor in checkpoint.tensors
             if path in tensor.row.paths
         }
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
         """The values at `index`, a slice for each axis."""
+        assert index is not None
         ranges = [range(*part.indices(size)) for part, size in zip(index, self._shape, strict=True)]
         values = np.empty([len(part) for part in ranges], self._dtype)
         for at, (tensor, position) in self._holders.items():
@@ -165,7 +166,7 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], tuple[int
             done += value.nbytes
             pieces = tensor.to_ours(value.astype(np.float32, copy=False))
             for path, piece in zip(tensor.row.paths, pieces, strict=True):
-                yield tuple(path.split(".")), tensor.index, np.ascontiguousarray(piece)
+                yield tuple(path.split(".")), tensor.at, np.ascontiguousarray(piece)
             update(done)
 
 
@@ -173,12 +174,16 @@ def _refuse_others(
     folder: Path, family: Family, config: ModelConfig, stored: Mapping[str, Stored], known: set[str]
 ) -> None:
     """No tensor may be left over, but for buffers of old, and a tied head that was stored once more."""
-    head, embedding = (next(r.theirs for r in family.table if r.ours == ours) for ours in ("head", "embedding"))
+    head, embedding = (
+        next(r.theirs for r in family.table if r.ours == ours) for ours in ("head", "embedding")
+    )
     for name in stored:
         if name in known or re.fullmatch(family.buffers, name):
             continue
         if name != head or not config.tied_head:
-            raise UserError(f"{folder}: config.json has no place for the tensor {name} {list(stored[name].shape)}")
+            raise UserError(
+                f"{folder}: config.json has no place for the tensor {name} {list(stored[name].shape)}"
+            )
         if stored[head].read().tobytes() != stored[embedding].read().tobytes():
             raise UserError(
                 f"{folder}: by tie_word_embeddings the head is the embedding, and {head} differs from it: "

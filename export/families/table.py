@@ -51,7 +51,7 @@ class Tensor(NamedTuple):
 
     name: str
     row: Row
-    index: Shape  # which layer, or layer and expert, of our stacked parameters
+    at: Shape  # which layer, or layer and expert, of our stacked parameters
     piece: Shape  # of ours there
 
     @property
@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
         return tuple(math.prod(sizes[axis] for axis in group) for group in right)
 
     def to_theirs(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """The tensor, of our parameters' pieces at `index` in the order of `row.paths`."""
+        """The tensor, of our parameters' pieces there, in the order of `row.paths`."""
         left, right = _parse(self.row.axes)
         x = np.stack(pieces) if len(pieces) > 1 else pieces[0]
         order = [left.index(axis) for axis in itertools.chain(*right)]
