@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves the state of a run to `folder/STEP` and restores it; the newest `keep` checkpoints are kept.
 
+    So is one of step 0, which holds the weights that the run was imported with (`core.tensors`) and that
+    can't be made again.
+
     Nothing is created or removed before the first `save`, so a run that is still training can be read.
     With several processes each calls every method, on a folder that all of them see.
     """
@@ -79,13 +82,13 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        trees = {"params": params, "opt": opt_state}
+        trees = {"params": (params, jax.tree.map(layout, params)), "opt": (opt_state, None)}
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
             # Orbax refuses an item without arrays, such as the state of plain SGD.
             **{
-                name: ocp.args.PyTreeSave(tree, save_args=jax.tree.map(layout, tree))
-                for name, tree in trees.items()
+                name: ocp.args.PyTreeSave(tree, save_args=where)
+                for name, (tree, where) in trees.items()
                 if jax.tree.leaves(tree)
             },
         )
@@ -184,9 +187,10 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
             complete(self._unfinished(step), self.folder / str(step))
-            held = [max(early) for at in hold if (early := [old for old in self.steps() if old <= at])]
-            for old in self.steps()[: -self._keep]:
-                if old not in held[:1] and old != 0:  # what the run began from can't be made again
+            trained = [old for old in self.steps() if old > 0]
+            held = [max(early) for at in hold if (early := [old for old in trained if old <= at])]
+            for old in trained[: -self._keep]:
+                if old not in held[:1]:
                     self._delete(old)
 
     def _delete(self, step: int) -> None:
@@ -266,7 +270,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            number = _os_error_number(error)
+            number = os_error_number(error)
             if number is None:
                 raise
             if jax.process_index() == 0 and self.folder.is_dir():
@@ -338,7 +342,8 @@ def _mute_orbax() -> None:
 _mute_orbax()
 
 
-def _os_error_number(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
+    """The system's number of an error of Python or TensorStore; None for another error."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from core.checkpoint import FORMAT, Checkpointer, complete, layout
+from core.checkpoint import FORMAT, Checkpointer, complete, layout, os_error_number
 from core.errors import UserError
 from core.module import Params
 from core.run import RunFolder
 
+Keys = tuple[str, ...]  # of a parameter in nested dicts
 Index = tuple[int | slice, ...]
 Box = tuple[tuple[int, int], ...]  # [start, stop) of each axis
 
@@ -49,7 +51,7 @@ class SavedParams:
         saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         return cls(step, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved), folder)
 
-    def read(self, path: tuple[str, ...], index: tuple[int | slice, ...] = ()) -> np.ndarray:
+    def read(self, path: Keys, index: Index = ()) -> np.ndarray:
         """The values at `index` (integers and slices of leading axes, as in NumPy) of the parameter `path`.
 
         The chunks that hold some of them are read, and nothing else; see `core.checkpoint.layout`.
@@ -74,7 +76,7 @@ class SavedParams:
 def write_params(
     run: RunFolder,
     shapes: Params,
-    pieces: Iterator[tuple[tuple[str, ...], tuple[int | slice, ...], np.ndarray]],
+    pieces: Iterator[tuple[Keys, Index, np.ndarray]],
     meta: Mapping[str, Any],
 ) -> None:
     """Make the checkpoint of step 0 of a run out of pieces as they come; one is held at a time.
@@ -89,8 +91,9 @@ def write_params(
         meta: whatever JSON can hold; `format` and `step` are added.
 
     Raises:
-        UserError: when the run has a checkpoint.
+        UserError: when the run has a checkpoint, or the disk is full.
         ValueError: when a part of a parameter was not written, or twice, or with another shape or type.
+        KeyError: for a piece of no parameter.
     """
     folder = run.checkpoints.absolute()
     with Checkpointer(folder) as checkpointer:
@@ -98,40 +101,47 @@ def write_params(
             raise UserError(f"{folder} already holds a checkpoint: choose another folder, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
         checkpointer.remove_unfinished()
-    unfinished = folder / "0.saving"
+        try:
+            _save(folder / "0.saving", shapes, pieces, {"format": FORMAT, "step": 0, **meta})
+            complete(folder / "0.saving", folder / "0")
+        except Exception as error:
+            checkpointer.remove_unfinished()
+            if os_error_number(error) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"the disk is full: free some space for the weights in {folder}") from error
+            raise
+
+
+def _save(
+    folder: Path, shapes: Params, pieces: Iterator[tuple[Keys, Index, np.ndarray]], meta: dict[str, Any]
+) -> None:
     handler = _PieceHandler(pieces)
     registry = ocp.type_handlers.create_type_handler_registry((jax.ShapeDtypeStruct, handler))
-    arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    items = ocp.CompositeCheckpointHandler(params=arrays, meta=ocp.JsonCheckpointHandler())
+    params = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    items = ocp.CompositeCheckpointHandler(params=params, meta=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(items) as writer:
-        writer.save(
-            unfinished,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(shapes),
-                meta=ocp.args.JsonSave({"format": FORMAT, "step": 0, **meta}),
-            ),
-        )
-    complete(unfinished, folder / "0")
+        args = ocp.args.Composite(params=ocp.args.PyTreeSave(shapes), meta=ocp.args.JsonSave(meta))
+        writer.save(folder, args=args)
 
 
 class _PieceHandler(ocp.type_handlers.NumpyHandler):
     """Writes pieces as they come where Orbax would write whole arrays."""
 
-    def __init__(self, pieces: Iterator[tuple[tuple[str, ...], Index, np.ndarray]]):
+    def __init__(self, pieces: Iterator[tuple[Keys, Index, np.ndarray]]):
         super().__init__()
         self._pieces = pieces
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
+        writing = self._write(values, infos)  # once Orbax has made the folder
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="pieces")]
+
+    async def _write(self, values: Sequence[Any], infos: Sequence[Any]) -> None:
         tensors = {info.name: _Tensor(value, info) for value, info in zip(values, infos, strict=True)}
-        for info in infos:
-            await info.await_path_creation()
         for path, index, piece in self._pieces:
             await tensors[".".join(path)].write(index, piece)
         for tensor in tensors.values():
             tensor.require_complete()
-        return []
 
 
 class _Tensor:
@@ -173,10 +183,8 @@ class _Tensor:
         return box
 
     def require_complete(self) -> None:
-        done, size = (
-            sum(math.prod(b - a for a, b in box) for box in self._written),
-            math.prod(self._leaf.shape),
-        )
+        size = math.prod(self._leaf.shape)
+        done = sum(math.prod(stop - start for start, stop in box) for box in self._written)
         if done != size:
             raise ValueError(f"{self._info.name}: {done} of {size} values were written")
 
