@@ -14,7 +14,6 @@ import numpy as np
 from core.config import parse, to_dict, to_yaml
 from core.errors import UserError
 from core.log import in_bytes, progress
-from core.module import Params
 from core.run import RunFolder
 from export.families import named_family
 from export.families.family import Family
@@ -71,7 +70,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(family, config, wanted, stored)
 
 
-def read_params(folder: Path, target: Params) -> Params:
+def read_params(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a checkpoint, in the types and on the devices that `target` says.
 
     Beside what is placed, the part of one parameter that a device holds is in memory.
@@ -119,7 +118,7 @@ def import_run(folder: Path, out: Path) -> None:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: "
             "they don't belong together"
         )
-    shapes: Params = {}
+    shapes: dict[str, Any] = {}
     for path, shape in shapes_of(config).items():
         *sections, name = path.split(".")
         section = shapes

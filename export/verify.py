@@ -14,7 +14,7 @@ import numpy as np
 from core.config import load
 from core.errors import UserError
 from core.run import RunFolder
-from llm.chat import encode_chat, template_of
+from llm.chat import encode_chat
 from llm.config import Experiment
 from llm.generate import encode_prompt
 from llm.model.config import ModelConfig
@@ -88,7 +88,7 @@ def _check_tokens(tokenizer: Tokenizer, theirs: Any, folder: Path) -> None:
                 f"transformers reads {text[:40]!r} in {folder} as {whole[:8]}..., and this program as "
                 f"{encode_prompt(tokenizer, text)[:8]}...: the tokenizer is not exported right"
             )
-    if template_of(tokenizer) is not None:
+    if theirs.chat_template is not None:
         ids = theirs.apply_chat_template([*_CHAT], add_generation_prompt=True, return_dict=False)
         if ids != encode_chat(tokenizer, _CHAT):
             raise UserError(f"transformers renders a conversation by {folder} as {ids}, not as in training")

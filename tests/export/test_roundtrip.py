@@ -43,7 +43,19 @@ def checkpoint(tmp_path):
     return lambda name, **options: write(name, tmp_path / "theirs", corpus, **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+OF_EACH_FAMILY = (
+    "llama",
+    "mistral-window",
+    "qwen2-tied-window",
+    "qwen3-tied",
+    "mixtral",
+    "qwen3-moe",
+    "neox",
+)
+SLOWLY = [pytest.param(name, marks=[] if name in OF_EACH_FAMILY else [pytest.mark.slow]) for name in CASES]
+
+
+@pytest.mark.parametrize("name", SLOWLY)
 def test_in_and_out_again(name, checkpoint, tmp_path):
     theirs, run, ours = checkpoint(name, max_shard_size="60KB"), tmp_path / "runs/imported", tmp_path / "ours"
     import_run(theirs, run)
@@ -53,7 +65,6 @@ def test_in_and_out_again(name, checkpoint, tmp_path):
     assert len(list(ours.glob("model-*.safetensors"))) > 2
     found = verify(RunFolder.open(run), ours)
     assert found.difference < 1e-5 and found.largest > 1 and found.same_choice == 1
-    assert verify(RunFolder.open(run), theirs) == found  # their own config.json says the same as ours
 
 
 @pytest.mark.parametrize("name", ["neox", "mixtral"])
@@ -83,7 +94,19 @@ def test_float16_is_widened(checkpoint, tmp_path):
 
 def test_an_imported_run_generates_at_once(checkpoint, tmp_path, capsys):
     import_run(checkpoint("llama"), tmp_path / "run")
-    generate(["--run", f"{tmp_path}/run", "--prompt", "The", "--temperature", "0", "--max-new-tokens", "6", "--json"])
+    generate(
+        [
+            "--run",
+            f"{tmp_path}/run",
+            "--prompt",
+            "The",
+            "--temperature",
+            "0",
+            "--max-new-tokens",
+            "6",
+            "--json",
+        ]
+    )
     ours = json.loads(capsys.readouterr().out)
     theirs = make("llama").generate(
         torch.tensor([ours["prompt_token_ids"]]), max_new_tokens=6, do_sample=False, pad_token_id=0
@@ -96,7 +119,9 @@ def test_an_imported_run_trains_at_once(checkpoint, tmp_path):
     import_run(checkpoint("llama"), tmp_path / "imported")
     config = ["--config", str(tmp_path / "imported/config.yaml"), "--set", "train.steps=2"]
     train([*config, "--set", "run.name=tuned", "--set", f"init.from={tmp_path}/imported"])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) >= 2 and all(np.isfinite(losses))
     export_run(RunFolder.open(tmp_path / "tuned"), tmp_path / "ours")
     before, after = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
