@@ -17,7 +17,7 @@ from core.log import in_bytes, progress
 from core.run import RunFolder
 from export.families import named_family
 from export.families.family import Family
-from export.families.table import Tensor, tensors
+from export.families.table import Tensor, contiguous, tensors
 from export.folder import new_folder
 from export.shards import Stored, find_tensors
 from export.write import shapes_of
@@ -163,9 +163,9 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], tuple[int
         for tensor in checkpoint.tensors:
             value = stored[tensor.name].read()
             done += value.nbytes
-            pieces = tensor.to_ours(value.astype(np.float32, copy=False))
-            for path, piece in zip(tensor.row.paths, pieces, strict=True):
-                yield tuple(path.split(".")), tensor.at, np.ascontiguousarray(piece)
+            for path, piece in zip(tensor.row.paths, tensor.to_ours(value), strict=True):
+                piece = contiguous(piece).astype(np.float32, copy=False)
+                yield tuple(path.split(".")), tensor.at, piece
             update(done)
 
 
