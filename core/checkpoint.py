@@ -31,7 +31,7 @@ from core.files import sync_folder
 from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
-_PIECE, _CHUNK = 4 << 20, 64 << 20  # bytes, see `layout`
+_PIECE, _CHUNK = 4 << 20, 256 << 20  # bytes, see `layout`
 _log = logging.getLogger(__name__)
 
 
@@ -199,6 +199,7 @@ class Checkpointer:
         shutil.rmtree(condemned)
 
     def remove_unfinished(self) -> None:
+        """Delete what a kill or a failed save left."""
         for path in self.folder.iterdir():
             if re.fullmatch(r"\d+\.(saving.*|deleting)", path.name):
                 for _ in range(50):  # writes that a failed save left behind may still be putting files there

@@ -63,21 +63,22 @@ def import_run(source: Path, config: Experiment) -> Path:
 
 
 def test_it_trains_as_a_run_that_begins_from_them(source, corpus, tmp_path, caplog):
-    imported = experiment(corpus, tmp_path, "imported", **OPTIONS)
+    imported = experiment(corpus, tmp_path, "imported", train={"steps": 6}, **OPTIONS)
     run = import_run(source, imported)
     with pytest.raises(UserError, match="--resume"):
         train(imported)
     caplog.set_level("INFO")
     train(imported, resume=True)
     assert f"starting from the imported weights in {run}/checkpoints/0" in caplog.text
-    train(experiment(corpus, tmp_path, "begun", init={"from": str(source)}, **OPTIONS))
+    begun = experiment(corpus, tmp_path, "begun", init={"from": str(source)}, train={"steps": 6}, **OPTIONS)
+    train(begun)
     assert numbers(run) == numbers(tmp_path / "begun")
     assert_same_parameters(run, tmp_path / "begun")
-    assert Checkpointer(run / "checkpoints").steps() == [0, 10, 12], "what it began from is kept"
+    assert Checkpointer(run / "checkpoints").steps() == [0, 4, 6], "what it began from is kept"
 
 
-def test_it_goes_on_after_a_stop_and_rewinds_to_them(source, corpus, tmp_path, monkeypatch):
-    """It diverges on the second batch, before its first checkpoint; and on the eighth of the way on."""
+def test_it_rewinds_to_them_where_it_has_no_other_checkpoint(source, corpus, tmp_path, monkeypatch):
+    """It diverges on batch 1, before its first checkpoint, and on batch 8."""
     make = llm.loop.train_batch
 
     def spoiled(dataset, number, *rest):

@@ -46,6 +46,8 @@ def rewound(*spans: tuple[int, int]) -> list[Rewind]:
         ([26, 28, 30], 26, (26, 36)),  # none early enough: the oldest, and what is skipped begins there
         ([30, 40], 0, (25, 36)),  # none of which nothing bad is known
         ([], 0, (25, 36)),
+        ([0, 26, 28, 30], 26, (26, 36)),  # an imported run goes back no further than another
+        ([0, 30, 40], 0, (25, 36)),
     ],
 )
 def test_the_checkpoint_before_the_bad_batches(checkpoints, restored, skipped):
