@@ -114,9 +114,9 @@ def _values(saved: SavedParams, wanted: list[Tensor], dtype: np.dtype) -> Iterat
         for tensor in wanted:
             pieces = [saved.read(tuple(path.split(".")), tensor.at) for path in tensor.row.paths]
             value = tensor.to_theirs([piece.astype(dtype, copy=False) for piece in pieces])
-            yield value
             done += value.nbytes
             update(done)
+            yield value
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
