@@ -17,7 +17,8 @@ pipeline_tag: text-generation
 
 # {name}
 
-A {architecture}, trained with token-to-tensor: the run `{run}` at step {step:,}, its weights in {dtype}{rounded}.
+A {architecture}, trained with token-to-tensor: the run `{run}` at step {step:,}.
+Its weights are in {dtype}{rounded}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

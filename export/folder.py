@@ -30,7 +30,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{unfinished} can't be made: {error.strerror}; name another place with --out") from None
+        raise UserError(
+            f"{unfinished} can't be made: {error.strerror}; name another place with --out"
+        ) from None
     try:
         yield unfinished
         sync_folder(unfinished)

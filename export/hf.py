@@ -68,7 +68,9 @@ def _verify(run: RunFolder, folder: Path, dtype: str) -> None:
         f"{found.same_choice:.2%}"
     )
     if not found.difference <= LIMIT:  # also where it is NaN
-        errors.end(1, f"{folder} is not the model of {run.path}: {found.difference:.2e} is more than {LIMIT:g}")
+        errors.end(
+            1, f"{folder} is not the model of {run.path}: {found.difference:.2e} is more than {LIMIT:g}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ import numpy as np
 from core.config import parse, to_dict, to_yaml
 from core.errors import UserError
 from core.log import in_bytes, progress
-from core.module import Params
 from core.run import RunFolder
 from export.families import named_family
 from export.families.family import Family
-from export.families.table import Tensor, tensors
+from export.families.table import Tensor, contiguous, tensors
 from export.folder import new_folder
 from export.shards import Stored, find_tensors
 from export.write import shapes_of
@@ -71,7 +70,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(family, config, wanted, stored)
 
 
-def read_params(folder: Path, target: Params) -> Params:
+def read_params(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a checkpoint, in the types and on the devices that `target` says.
 
     Beside what is placed, the part of one parameter that a device holds is in memory.
@@ -119,7 +118,7 @@ def import_run(folder: Path, out: Path) -> None:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: "
             "they don't belong together"
         )
-    shapes: Params = {}
+    shapes: dict[str, Any] = {}
     for path, shape in shapes_of(config).items():
         *sections, name = path.split(".")
         section = shapes
@@ -139,13 +138,14 @@ class _Parameter:
     def __init__(self, checkpoint: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype):
         self._shape, self._dtype, self._stored = shape, dtype, checkpoint.stored
         self._holders = {
-            tensor.index: (tensor, tensor.row.paths.index(path))
+            tensor.at: (tensor, tensor.row.paths.index(path))
             for tensor in checkpoint.tensors
             if path in tensor.row.paths
         }
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
         """The values at `index`, a slice for each axis."""
+        assert index is not None
         ranges = [range(*part.indices(size)) for part, size in zip(index, self._shape, strict=True)]
         values = np.empty([len(part) for part in ranges], self._dtype)
         for at, (tensor, position) in self._holders.items():
@@ -163,9 +163,9 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], tuple[int
         for tensor in checkpoint.tensors:
             value = stored[tensor.name].read()
             done += value.nbytes
-            pieces = tensor.to_ours(value.astype(np.float32, copy=False))
-            for path, piece in zip(tensor.row.paths, pieces, strict=True):
-                yield tuple(path.split(".")), tensor.index, np.ascontiguousarray(piece)
+            for path, piece in zip(tensor.row.paths, tensor.to_ours(value), strict=True):
+                piece = contiguous(piece).astype(np.float32, copy=False)
+                yield tuple(path.split(".")), tensor.at, piece
             update(done)
 
 
@@ -173,12 +173,16 @@ def _refuse_others(
     folder: Path, family: Family, config: ModelConfig, stored: Mapping[str, Stored], known: set[str]
 ) -> None:
     """No tensor may be left over, but for buffers of old, and a tied head that was stored once more."""
-    head, embedding = (next(r.theirs for r in family.table if r.ours == ours) for ours in ("head", "embedding"))
+    head, embedding = (
+        next(r.theirs for r in family.table if r.ours == ours) for ours in ("head", "embedding")
+    )
     for name in stored:
         if name in known or re.fullmatch(family.buffers, name):
             continue
         if name != head or not config.tied_head:
-            raise UserError(f"{folder}: config.json has no place for the tensor {name} {list(stored[name].shape)}")
+            raise UserError(
+                f"{folder}: config.json has no place for the tensor {name} {list(stored[name].shape)}"
+            )
         if stored[head].read().tobytes() != stored[embedding].read().tobytes():
             raise UserError(
                 f"{folder}: by tie_word_embeddings the head is the embedding, and {head} differs from it: "

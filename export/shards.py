@@ -117,7 +117,7 @@ def _write_file(
 
 
 def _write_all(file: Any, value: np.ndarray) -> None:
-    rest = memoryview(np.ascontiguousarray(value).view(np.uint8).reshape(-1))
+    rest = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     while rest:
         rest = rest[file.write(rest) :]
 
@@ -169,13 +169,13 @@ def _read_header(path: Path) -> dict[str, Stored]:
             shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
-                raise UserError(
-                    f"{path}: {name} is {entry['dtype']}: supported are {', '.join(DTYPES)}, not quantized weights"
-                )
+                raise UserError(f"{path}: {name} is {entry['dtype']}: supported are {', '.join(DTYPES)}")
             if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError
             if begin + stop > size:
-                raise UserError(f"{path} is cut off: {name} ends at byte {begin + stop} of {size}; copy it anew")
+                raise UserError(
+                    f"{path} is cut off: {name} ends at byte {begin + stop} of {size}; copy it anew"
+                )
             found[name] = Stored(path, dtype, shape, begin + start)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{path} is damaged: its header can't be read; copy it anew") from None

@@ -14,7 +14,7 @@ import numpy as np
 from core.config import load
 from core.errors import UserError
 from core.run import RunFolder
-from llm.chat import encode_chat, template_of
+from llm.chat import encode_chat
 from llm.config import Experiment
 from llm.generate import encode_prompt
 from llm.model.config import ModelConfig
@@ -26,7 +26,7 @@ _PROMPTS = (
     "The",
     "def read_file(path):",
     "What is the capital of France, and what is it known for?",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 東京は日本の首都です。 😀\n\n\ttabs  and   spaces",
+    "Zwölf Boxkämpfer jagen Viktor über den Sylter Deich. 東京は日本の首都です。 😀\n\n\ttabs  and   spaces",
     inspect.getsource(argparse),  # a text of many tokens, cut to the model's context
 )
 _CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who wrote Faust?"})
@@ -54,7 +54,9 @@ def verify(run: RunFolder, folder: Path, dtype: str = "float32") -> Verified:
     """
     torch, transformers = _libraries()
     experiment, tokenizer = load(Experiment, run.config), Tokenizer.load(run.tokenizer)
-    _check_tokens(tokenizer, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
+    _check_tokens(
+        tokenizer, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), folder
+    )
     rows = [encode_prompt(tokenizer, text)[: min(_LONGEST, experiment.model.max_length)] for text in _PROMPTS]
     theirs = _logits_in_torch(torch, transformers, folder, rows)
     ours = _logits_in_jax(run, experiment.model, dtype, rows)
@@ -86,7 +88,7 @@ def _check_tokens(tokenizer: Tokenizer, theirs: Any, folder: Path) -> None:
                 f"transformers reads {text[:40]!r} in {folder} as {whole[:8]}..., and this program as "
                 f"{encode_prompt(tokenizer, text)[:8]}...: the tokenizer is not exported right"
             )
-    if template_of(tokenizer) is not None:
+    if theirs.chat_template is not None:
         ids = theirs.apply_chat_template([*_CHAT], add_generation_prompt=True, return_dict=False)
         if ids != encode_chat(tokenizer, _CHAT):
             raise UserError(f"transformers renders a conversation by {folder} as {ids}, not as in training")
@@ -94,8 +96,12 @@ def _check_tokens(tokenizer: Tokenizer, theirs: Any, folder: Path) -> None:
 
 def _logits_in_torch(torch: Any, transformers: Any, folder: Path, rows: list[list[int]]) -> list[np.ndarray]:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
-    )  # fmt: skip
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
     odd = {kind: sorted(names) for kind, names in info.items() if names}
     if odd:
         raise UserError(f"transformers does not find the tensors that it wants in {folder}: {odd}")
@@ -103,7 +109,9 @@ def _logits_in_torch(torch: Any, transformers: Any, folder: Path, rows: list[lis
         return [model.eval()(torch.tensor([ids])).logits[0].numpy() for ids in rows]
 
 
-def _logits_in_jax(run: RunFolder, config: ModelConfig, dtype: str, rows: list[list[int]]) -> list[np.ndarray]:
+def _logits_in_jax(
+    run: RunFolder, config: ModelConfig, dtype: str, rows: list[list[int]]
+) -> list[np.ndarray]:
     import jax
     import jax.numpy as jnp
 

@@ -79,7 +79,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Shape]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: tuple(tree.shape)}
     return {
-        path: shape for key, value in tree.items() for path, shape in flatten(value, f"{prefix}{key}.").items()
+        path: shape
+        for key, value in tree.items()
+        for path, shape in flatten(value, f"{prefix}{key}.").items()
     }
 
 
@@ -110,11 +112,11 @@ def _values(saved: SavedParams, wanted: list[Tensor], dtype: np.dtype) -> Iterat
     done, total = 0, sum(np.prod(tensor.shape, dtype=int) for tensor in wanted) * dtype.itemsize
     with progress("export", int(total), show=in_bytes) as update:
         for tensor in wanted:
-            pieces = [saved.read(tuple(path.split(".")), tensor.index) for path in tensor.row.paths]
+            pieces = [saved.read(tuple(path.split(".")), tensor.at) for path in tensor.row.paths]
             value = tensor.to_theirs([piece.astype(dtype, copy=False) for piece in pieces])
-            yield value
             done += value.nbytes
             update(done)
+            yield value
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

@@ -18,6 +18,7 @@ from export.families.qwen3_moe import QWEN3_MOE
 from llm.model.config import ModelConfig
 
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT_NEOX)
+_KIND = {"norm", "activation", "moe"}  # what tells kinds of models apart, before details
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -26,11 +27,17 @@ def family_of(config: ModelConfig) -> Family:
     Raises:
         UserError: if it is none's, naming what keeps it from the nearest.
     """
-    nearest = min(FAMILIES, key=lambda family: len(family.missing(config)))
+
+    def distance(family: Family) -> tuple[int, int]:
+        missing = family.missing(config)
+        return len(missing.keys() & _KIND), len(missing)
+
+    nearest = min(FAMILIES, key=distance)
     if missing := nearest.missing(config):
         raise UserError(
             f"no family of models that is exported here computes what this one does: {nearest.name}, the "
-            f"nearest, would need in `model` {', '.join(missing)}; train a model with that to export it"
+            f"nearest, would need in `model` {', '.join(missing.values())}; train a model with that to "
+            "export it"
         )
     return nearest
 

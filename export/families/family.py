@@ -63,7 +63,7 @@ class Keys(dict):
         return UserError(f"{self.path}: {key} is {value!r}: {why}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One kind of model in `transformers`.
 
@@ -92,15 +92,15 @@ class Family:
     rope_fraction: float | None = None  # the same; None: the family rotates whole heads
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
-    def missing(self, config: ModelConfig) -> list[str]:
-        """What this family would need `config` to be otherwise, a phrase for each key."""
-        found, facts = [], _facts(config)
+    def missing(self, config: ModelConfig) -> dict[str, str]:
+        """What this family would need `config` to be otherwise: by key, in words."""
+        found, facts = {}, _facts(config)
         for key, allowed in self.expresses.items():
             value = facts[key]
             if value not in allowed and not (SET in allowed and value is not None):
                 wanted = " or ".join("null" if v is None else str(v).lower() for v in allowed)
                 has = "null" if value is None else "set" if isinstance(value, dict) else str(value).lower()
-                found.append(f"{key} {wanted} (it is {has})")
+                found[key] = f"{key} {wanted} (it is {has})"
         return found
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:
@@ -119,16 +119,19 @@ class Family:
         """The model that a `config.json` describes.
 
         Raises:
-            UserError: for a key that is missing, or one whose value, or which altogether, we have nothing for.
+            UserError: for a key that is missing, unknown, or has a value that a model of ours can't have.
         """
         keys = Keys(data, path)
         heads, width = keys.get("num_attention_heads"), keys.get("hidden_size")
-        derived = {"num_key_value_heads": heads, "tie_word_embeddings": False}
-        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
-            derived["head_dim"] = width // heads
+        head_dim = 1
+        if isinstance(heads, int) and isinstance(width, int) and heads > 0:  # else that is told of below
+            head_dim = width // heads
+        derived = {"num_key_value_heads": heads, "tie_word_embeddings": False, "head_dim": head_dim}
         defaults = derived | dict(self.defaults)
-        ours: dict[str, Any] = {key: allowed[0] for key, allowed in self.expresses.items() if _implied(key, allowed)}
-        ours |= {"head_dim": derived.get("head_dim")} if "head_dim" not in self.keys else {}
+        ours: dict[str, Any] = {
+            key: allowed[0] for key, allowed in self.expresses.items() if _implied(key, allowed)
+        }
+        ours |= {"head_dim": head_dim} if "head_dim" not in self.keys else {}
         ours |= {"num_kv_heads": heads} if "num_kv_heads" not in self.keys else {}
         ours |= read_rope(keys, self.rope_theta, self.rope_fraction)
         ours |= self.read(keys)
@@ -149,7 +152,16 @@ class Family:
                 key, value, f"what that changes in a {self.name} isn't known here, so the model isn't read; "
                 "if it changes nothing, remove the key",
             )  # fmt: skip
-        return parse(ModelConfig, _nested(ours), where=str(path))
+        return self._parse(ours, path)
+
+    def _parse(self, ours: Mapping[str, Any], path: Path) -> ModelConfig:
+        try:
+            return parse(ModelConfig, _nested(ours), where=str(path))
+        except UserError as error:  # under the name that the file has for it
+            words = str(error)
+            for key, theirs in self.keys.items():
+                words = words.replace(f"'{key}'", f"'{theirs}'")
+            raise UserError(words) from None
 
 
 def _implied(key: str, allowed: tuple[Any, ...]) -> bool:

@@ -13,7 +13,11 @@ TABLE = (
         f"{_LAYER}.attention.query_key_value.weight",
         "c d h k -> (h c k) d",
     ),
-    Row("blocks.attention.{query|key|value}.bias", f"{_LAYER}.attention.query_key_value.bias", "c h k -> (h c k)"),
+    Row(
+        "blocks.attention.{query|key|value}.bias",
+        f"{_LAYER}.attention.query_key_value.bias",
+        "c h k -> (h c k)",
+    ),
     Row("blocks.attention.out.kernel", f"{_LAYER}.attention.dense.weight", "h k d -> d (h k)"),
     Row("blocks.attention.out.bias", f"{_LAYER}.attention.dense.bias", "d -> d"),
     Row("blocks.mlp_norm.scale", f"{_LAYER}.post_attention_layernorm.weight", "d -> d"),

@@ -27,6 +27,11 @@ MIXTRAL = Family(
         "moe.normalize_top_k": (True,),
     },
     fixed={"hidden_act": "silu"},
-    defaults={"rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    },
     rope_theta=1e6,
 )

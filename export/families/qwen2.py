@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: Llama with biases on query, key and value; and how all Qwen say which layers have a window."""
+"""Qwen2 and 2.5: Llama with biases on query, key and value; and how Qwen say which layers have a window."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def read_window(keys: Keys) -> dict[str, Any]:
     types = types or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if window is None or set(types) <= {"full_attention"}:
         if "sliding_attention" in types:
-            raise keys.refuse("layer_types", types, "some layers have a window, and use_sliding_window is false")
+            raise keys.refuse(
+                "layer_types", types, "some layers have a window, and use_sliding_window is false"
+            )
         return {"window": None}
     if set(types) != {"sliding_attention"}:
         raise keys.refuse("layer_types", types, "all layers must have the window, or none")

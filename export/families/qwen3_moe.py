@@ -51,7 +51,12 @@ QWEN3_MOE = Family(
     expresses=LLAMA_SHAPE
     | {"bias": ("none",), "qk_norm": (True,), "moe": (SET,), "moe.shared_mlp_dim": (0,)},
     fixed={"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    defaults={"rms_norm_eps": 1e-6, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "num_experts_per_tok": 8,
+        "router_aux_loss_coef": 0.001,
+        "norm_topk_prob": False,
+    },
     write=_write,
     read=_read,
 )

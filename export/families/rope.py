@@ -50,7 +50,9 @@ def read_rope(keys: Keys, theta: float, fraction: float | None) -> dict[str, Any
     """
     new, old = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
     if new and old and any(new.get(key, value) != value for key, value in old.items()):
-        raise keys.refuse("rope_scaling", old, f"rope_parameters says otherwise ({new}): remove the wrong one")
+        raise keys.refuse(
+            "rope_scaling", old, f"rope_parameters says otherwise ({new}): remove the wrong one"
+        )
     rope = {key: value for key, value in {**new, **old}.items() if value is not None}
     theta = keys.take("rotary_emb_base", keys.take("rope_theta", theta))
     theta = rope.pop("rope_theta", theta)
