@@ -45,15 +45,13 @@ pytestmark = [
 def shaped(name: str):
     """The case with a head size, and widths of experts, that vLLM has on CPUs."""
     config, theirs = CASES[name]
-    change = {"head_dim": 32}
-    match theirs.func.model_type:
-        case "gpt_neox" | "qwen2":  # whose head size is width / heads
-            change["hidden_size"] = 6 * 32
-        case "mixtral":
-            change |= {"hidden_size": 96, "intermediate_size": 64}
-        case "qwen3_moe":
-            change |= {"hidden_size": 96, "moe_intermediate_size": 64}
-    return config, functools.partial(theirs, **change)
+    changes = {
+        "gpt_neox": {"hidden_size": 6 * 32},  # whose head size is width / heads, as vLLM has it of qwen2 too
+        "qwen2": {"head_dim": 32, "hidden_size": 6 * 32},
+        "mixtral": {"head_dim": 32, "hidden_size": 96, "intermediate_size": 64},
+        "qwen3_moe": {"head_dim": 32, "hidden_size": 96, "moe_intermediate_size": 64},
+    }
+    return config, functools.partial(theirs, **changes.get(theirs.func.model_type, {"head_dim": 32}))
 
 
 @pytest.mark.parametrize("name", CASES)
