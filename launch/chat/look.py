@@ -1,0 +1,126 @@
+"""How the page looks: system fonts, the blue of all plots, light and dark; and text as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradio.themes import Base
+
+SANS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Liberation Sans", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+EMPTY = '<p class="t2t-empty">Ask something, or give the beginning of a text.</p>'
+
+# Of Gradio's HTML templates, which must find none of theirs in what a model wrote.
+_MARKS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
+
+
+def as_text(text: str) -> str:
+    """Text as HTML that shows it to the letter."""
+    return escape(text).translate(_MARKS)
+
+
+def said(text: str, error: bool = False) -> str:
+    """A line about what goes on; an error stands out, and is read out at once where a reader listens."""
+    if not text:
+        return ""
+    kind, role = ("t2t-error", "alert") if error else ("t2t-note", "status")
+    return f'<p class="{kind}" role="{role}">{as_text(text)}</p>'
+
+
+def turns(history: Sequence[Mapping[str, Any]]) -> str:
+    """Messages one below the other; in a text that was completed, what is the model's has its own colour."""
+    return "".join(map(_turn, history)) or EMPTY
+
+
+def _turn(message: Mapping[str, Any]) -> str:
+    return f"{opened(message)}{as_text(message['content'])}</div>"
+
+
+def opened(message: Mapping[str, Any]) -> str:
+    """The beginning of a message's HTML, to which its text is added as it comes."""
+    who = "you" if message["role"] == "user" else "the model"
+    kind = f"t2t-{message['role']} t2t-{message['mode']}"
+    return f'<div class="t2t-turn {kind}" aria-label="{who}">'
+
+
+def theme() -> Base:
+    """Gradio's plain theme with fonts that are already there."""
+    import gradio as gr
+
+    blue = gr.themes.colors.Color(
+        c50="#f1f7fc", c100="#dcebf6", c200="#bcd8ed", c300="#8fbfe0", c400="#5a9fcf", c500="#2a78b5",
+        c600="#24699f", c700="#1f5884", c800="#1b4868", c900="#163a54", c950="#0c2336",
+    )  # fmt: skip
+    plain = gr.themes.Default(
+        primary_hue=blue, neutral_hue="slate", font=SANS, font_mono=MONO, spacing_size="sm", text_size="md"
+    )
+    return plain.set(block_border_width="0px", block_shadow="none", block_shadow_dark="none")
+
+
+HEAD = '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+
+# --p is a probability, from 0 to 1. The log is turned over twice, by which browsers keep its end in view.
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; width: 100%; }
+.gradio-container main { width: 100%; padding: .75rem 1rem !important; }
+#t2t-head { align-items: end; }
+#t2t-head h1 { font-size: 1.2rem; font-weight: 650; margin: 0 0 .5rem; }
+#t2t-log {
+  height: calc(100dvh - 300px); min-height: 240px; overflow-y: auto; flex-wrap: nowrap;
+  flex-direction: column-reverse; border: 1px solid var(--border-color-primary); border-radius: 10px;
+}
+#t2t-turns { display: block; padding: .9rem; margin-bottom: auto; flex-grow: 0; }
+.t2t-empty { color: var(--body-text-color-subdued); text-align: center; padding: 2rem 0; }
+.t2t-turn {
+  white-space: pre-wrap; overflow-wrap: anywhere; width: fit-content; max-width: 88%; margin: 0 0 .8rem;
+  padding: .55rem .85rem; border-radius: 12px; line-height: 1.5; background: var(--background-fill-secondary);
+}
+.t2t-user.t2t-chat { margin-left: auto; background: var(--primary-100); }
+.dark .t2t-user.t2t-chat { background: var(--primary-800); }
+.t2t-turn.t2t-complete {
+  width: auto; max-width: none; border-radius: 0; padding: 0 0 0 .8rem; background: none;
+  font-family: var(--font-mono); font-size: .9rem; border-left: 3px solid var(--border-color-primary);
+}
+.t2t-user.t2t-complete { margin-bottom: 0; }
+.t2t-assistant.t2t-complete { color: var(--primary-600); border-color: var(--primary-500); }
+.dark .t2t-assistant.t2t-complete { color: var(--primary-300); }
+#t2t-under { align-items: center; min-height: 2.2rem; }
+.t2t-note, .t2t-error { margin: 0; font-size: .875rem; }
+.t2t-note { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.t2t-error {
+  padding: .5rem .8rem; border-left: 3px solid #d1495b; border-radius: 4px;
+  background: color-mix(in srgb, #d1495b 12%, transparent); overflow-wrap: anywhere;
+}
+#t2t-box textarea { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem; }
+.t2t-text { font-family: var(--font-mono); font-size: .95rem; line-height: 2.1; overflow-wrap: anywhere; }
+.t2t-token, .t2t-first {
+  position: relative; padding: .2em .12em; margin-right: 1px; border-radius: 3px; cursor: default;
+}
+.t2t-first { color: var(--body-text-color-subdued); outline: 1px dashed var(--border-color-primary); }
+.t2t-token, .t2t-legend span {
+  background: color-mix(in oklab, #d5e6f3 calc(var(--p) * 100%), #f09a6e); color: #10202c;
+}
+.t2t-token:hover, .t2t-token:focus { outline: 2px solid #2a78b5; }
+.t2t-card {
+  display: none; position: absolute; left: 0; top: 100%; z-index: 20; width: 15rem; padding: .6rem .7rem;
+  font-size: .8rem; line-height: 1.5; color: var(--body-text-color); background: var(--background-fill-primary);
+  border: 1px solid var(--border-color-primary); border-radius: 6px; box-shadow: 0 4px 16px #0003;
+}
+.t2t-token:hover .t2t-card, .t2t-token:focus .t2t-card { display: block; }
+.t2t-bars { display: grid; gap: .2rem; max-width: 30rem; font-size: .85rem; }
+.t2t-bars > span { display: grid; grid-template-columns: 7rem 1fr 4rem; gap: .5rem; align-items: center; }
+.t2t-bars code, .t2t-table code { font-family: var(--font-mono); overflow-wrap: anywhere; background: none; }
+.t2t-bars i { height: .7em; width: calc(var(--p) * 100%); min-width: 1px; background: #2a78b5; }
+.t2t-bars span span { text-align: right; font-variant-numeric: tabular-nums; }
+.t2t-card .t2t-bars > span { grid-template-columns: 5.5rem 1fr 3.6rem; }
+.t2t-legend { display: flex; align-items: center; gap: 3px; margin: .3rem 0 .6rem; font-size: .8rem; }
+.t2t-legend span { width: 1.6rem; height: .8rem; border-radius: 2px; margin: 0 1px; }
+.t2t-table { margin-top: 1rem; font-size: .85rem; }
+.t2t-table table { border-collapse: collapse; margin-top: .5rem; }
+.t2t-table th, .t2t-table td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
+.t2t-figure { max-width: 100%; border-radius: 6px; background: white; }
+@media (max-width: 640px) { #t2t-log { height: 52dvh; } .t2t-card { width: 12rem; } }
+"""
