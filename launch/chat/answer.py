@@ -78,7 +78,7 @@ class Progress:
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:.1f} tokens/s")
         parts.append(f"first token after {self.first - self.started:.2f} s")
-        why = {"length": "cut at “Most new tokens”", "stopped": "stopped"}.get(self.ended)
+        why = {"length": "cut at “Max new tokens”", "stopped": "stopped"}.get(self.ended)
         return " · ".join([*parts, why] if why else parts)
 
 

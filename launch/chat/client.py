@@ -214,7 +214,7 @@ def refusal(place: str, status: int, body: Mapping[str, Any], model: str, wait: 
     if status == 413 or (status < 500 and "context" in lower and ("length" in lower or "tokens" in lower)):
         return (
             "This is too long for the model's context: clear the chat, shorten the text, or lower "
-            f"“Most new tokens”.{_quoted(said)}"
+            f"“Max new tokens”.{_quoted(said)}"
         )
     if status in (429, 503):
         when = f"in {wait} seconds" if wait.isdigit() else "in a moment"

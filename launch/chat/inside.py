@@ -74,4 +74,5 @@ def as_image(figure: Figure, meaning: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="t2t-figure" alt="{meaning}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{meaning}" src="data:image/png;base64,{data}">'
+    return f'<div class="t2t-figure">{image}</div>'

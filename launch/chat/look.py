@@ -57,12 +57,15 @@ def theme() -> Base:
     plain = gr.themes.Default(
         primary_hue=blue, neutral_hue="slate", font=SANS, font_mono=MONO, spacing_size="sm", text_size="md"
     )
-    return plain.set(block_border_width="0px", block_shadow="none", block_shadow_dark="none")
+    return plain.set(
+        block_border_width="0px", block_shadow="none", block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+    )  # fmt: skip
 
 
 HEAD = '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
 
-# --p is a probability, from 0 to 1. The log is turned over twice, by which browsers keep its end in view.
+# --p is a probability, --shade its place on the scale of colours. The log is turned over twice, by which browsers keep its end in view.
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; width: 100%; }
 .gradio-container main { width: 100%; padding: .75rem 1rem !important; }
@@ -95,13 +98,14 @@ CSS = """
   background: color-mix(in srgb, #d1495b 12%, transparent); overflow-wrap: anywhere;
 }
 #t2t-box textarea { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem; }
-.t2t-text { font-family: var(--font-mono); font-size: .95rem; line-height: 2.1; overflow-wrap: anywhere; }
+.t2t-text { font-family: var(--font-mono); font-size: .95rem; overflow-wrap: anywhere; }
 .t2t-token, .t2t-first {
-  position: relative; padding: .2em .12em; margin-right: 1px; border-radius: 3px; cursor: default;
+  position: relative; display: inline-block; max-width: 100%; line-height: 1.5; padding: 0 .12em;
+  margin: 0 1px 5px 0; border-radius: 3px; cursor: default;
 }
 .t2t-first { color: var(--body-text-color-subdued); outline: 1px dashed var(--border-color-primary); }
 .t2t-token, .t2t-legend span {
-  background: color-mix(in oklab, #d5e6f3 calc(var(--p) * 100%), #f09a6e); color: #10202c;
+  background: color-mix(in oklab, #d5e6f3 calc(var(--shade) * 100%), #f08a5d); color: #10202c;
 }
 .t2t-token:hover, .t2t-token:focus { outline: 2px solid #2a78b5; }
 .t2t-card {
@@ -117,10 +121,20 @@ CSS = """
 .t2t-bars span span { text-align: right; font-variant-numeric: tabular-nums; }
 .t2t-card .t2t-bars > span { grid-template-columns: 5.5rem 1fr 3.6rem; }
 .t2t-legend { display: flex; align-items: center; gap: 3px; margin: .3rem 0 .6rem; font-size: .8rem; }
-.t2t-legend span { width: 1.6rem; height: .8rem; border-radius: 2px; margin: 0 1px; }
+.t2t-legend span { width: 1.4rem; height: .8rem; border-radius: 2px; margin-left: .6rem; }
+.t2t-legend span:first-child { margin-left: 0; }
 .t2t-table { margin-top: 1rem; font-size: .85rem; }
 .t2t-table table { border-collapse: collapse; margin-top: .5rem; }
 .t2t-table th, .t2t-table td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
-.t2t-figure { max-width: 100%; border-radius: 6px; background: white; }
-@media (max-width: 640px) { #t2t-log { height: 52dvh; } .t2t-card { width: 12rem; } }
+.t2t-figure { overflow-x: auto; }
+.t2t-figure img { min-width: 42rem; max-width: 100%; border-radius: 6px; background: white; }
+#t2t-ask { align-items: center; padding: 0 var(--spacing-lg); }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container main { padding: .3rem !important; }
+  #t2t-head, #t2t-under { flex-wrap: wrap; }
+  #t2t-head > *, #t2t-note { flex: 1 0 100% !important; }
+  #t2t-head h1 { margin: 0; }
+  #t2t-log { height: calc(100dvh - 320px); }
+  .t2t-card { position: fixed; inset: auto 1rem 1rem 1rem; width: auto; }
+}
 """

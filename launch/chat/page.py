@@ -89,9 +89,9 @@ def _tokens_tab(catalog: Catalog, model: gr.Dropdown, inside: Inside | None) -> 
         label="Text", lines=3, max_lines=12, elem_id="t2t-text-in", autoscroll=False,
         placeholder="The text whose tokens are to be looked at.",
     )  # fmt: skip
-    with gr.Row():
-        show = gr.Button("Show", variant="primary", elem_id="t2t-show", scale=0, min_width=140)
-    word = gr.HTML()
+    with gr.Row(elem_id="t2t-ask"):
+        show = gr.Button("Show", variant="primary", elem_id="t2t-show", scale=0, min_width=110)
+        word = gr.HTML(elem_id="t2t-word")
     reading = gr.HTML(elem_id="t2t-reading")
     view = gr.Dropdown(
         views, value=next(iter(views), None), label="Attention", filterable=False, visible=False,

@@ -27,13 +27,13 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
             with gr.Row(elem_id="t2t-under"):
                 note = gr.HTML(elem_id="t2t-note", min_width=200)
                 again, edit, clear = (
-                    gr.Button(name, size="sm", elem_id=f"t2t-{name.lower()}", scale=0, min_width=64)
-                    for name in ("Regenerate", "Edit", "Clear")
+                    gr.Button(name, size="sm", elem_id=f"t2t-{name.lower()}", scale=0, min_width=width)
+                    for name, width in (("Regenerate", 96), ("Edit", 56), ("Clear", 56))
                 )
             with gr.Row(equal_height=True):
                 box = gr.Textbox(
                     label="Message", show_label=False, container=False, lines=1, max_lines=8, scale=8,
-                    placeholder="Message: Enter sends, Shift+Enter begins a line", autofocus=True,
+                    placeholder="Message (Shift+Enter: new line)", autofocus=True,
                     elem_id="t2t-box", min_width=180,
                 )  # fmt: skip
                 send = gr.Button("Send", variant="primary", scale=0, min_width=88, elem_id="t2t-send")
@@ -148,7 +148,7 @@ def _controls(first_mode: str) -> list[Any]:
     )
     top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
     top_k = gr.Slider(0, 200, default.top_k, step=1, label="Top-k (0: all tokens)")
-    most = gr.Slider(1, 4096, default.max_tokens, step=1, label="Most new tokens", elem_id="t2t-most")
+    most = gr.Slider(1, 4096, default.max_tokens, step=1, label="Max new tokens", elem_id="t2t-most")
     seed = gr.Textbox(label="Seed", placeholder="empty: another answer each time", elem_id="t2t-seed")
     mode.change(
         lambda mode: gr.Textbox(visible=mode == "chat"), mode, system,

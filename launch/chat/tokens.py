@@ -103,10 +103,15 @@ def as_html(reading: Reading) -> str:
     )
 
 
-_LEGEND = (
-    '<p class="t2t-legend" aria-hidden="true">unlikely<span style="--p:0"></span><span style="--p:.25">'
-    '</span><span style="--p:.5"></span><span style="--p:.75"></span><span style="--p:1"></span>likely</p>'
-)
+_LEGEND = '<p class="t2t-legend" aria-hidden="true">' + "".join(
+    f'<span style="--shade:{shade:.2f}"></span>{label}'
+    for shade, label in ((0, "≤ 0.1 %"), (1 / 3, "1 %"), (2 / 3, "10 %"), (1, "100 %"))
+) + "</p>"  # fmt: skip
+
+
+def _shade(probability: float) -> float:
+    """From 0 (a thousandth or less) to 1, by the logarithm: most of a text's tokens are unlikely ones."""
+    return max(0.0, 1 + math.log10(max(probability, 1e-3)) / 3)
 
 
 def _token_html(token: Token) -> str:
@@ -116,7 +121,7 @@ def _token_html(token: Token) -> str:
         return f'<span class="t2t-first" title="the text begins here">{label}</span>{breaks}'
     said = f"{label}: {_percent(token.probability)}"
     card = f'<span class="t2t-card" role="tooltip"><b>{said}</b>{_bars_html(token.likeliest)}</span>'
-    shade = f"--p:{token.probability:.3f}"
+    shade = f"--shade:{_shade(token.probability):.2f}"
     return f'<span class="t2t-token" tabindex="0" style="{shade}" aria-label="{said}">{label}{card}</span>{breaks}'
 
 

@@ -1,0 +1,338 @@
+"""What the chat page is made of, without a browser: sentences, requests, rates, coloured tokens, the command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="the chat page's package httpx is not installed")
+
+from core.errors import UserError
+from launch.chat import client, tokens
+from launch.chat.answer import Answering, Progress, Settings, messages_of, request_for
+from launch.chat.catalog import Catalog
+from launch.chat.client import Server, ServerError, refusal
+from launch.chat.look import as_text, turns
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"),
+        (" https://models.example/v1/ ", "https://models.example/v1"),
+        ("https://models.example/team/v1", "https://models.example/team/v1"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+    ],
+)
+def test_a_url_with_v1_or_without_is_the_same_server(given, url):
+    assert Server.of(given).url == url
+
+
+@pytest.mark.parametrize(
+    "given", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://:80", "http://a:port", "http://[::1"]
+)
+def test_what_is_no_url_is_the_users_mistake(given):
+    with pytest.raises(UserError, match="give the address of a server"):
+        Server.of(given)
+
+
+def test_loopback_is_this_machine_alone():
+    assert all(map(client.is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost"]))
+    assert not any(map(client.is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
+
+
+# What vLLM, OpenAI's servers and FastAPI say, word for word where that is short.
+TOO_LONG = (
+    "This model's maximum context length is 64 tokens. However, you requested 80 tokens (16 in the messages, "
+    "64 in the completion). Please reduce the length of the messages or completion."
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "wait", "sentence"),
+    [
+        (401, {"error": "Unauthorized"}, "", "The server at here:1 refuses the key: start this page with the right one (--api-key)."),
+        (401, {"error": {"message": "Incorrect API key provided: sk-abc"}}, "", "The server at here:1 refuses the key: start this page with the right one (--api-key)."),
+        (404, {"error": {"message": "The model `m` does not exist."}}, "", "The server at here:1 has no model m: choose another."),
+        (404, {"detail": "Not Found"}, "", "The server at here:1 doesn't offer this: look for a slip in the URL. It says: Not Found."),
+        (400, {"error": {"message": TOO_LONG}}, "", f"This is too long for the model's context: clear the chat, shorten the text, or lower “Max new tokens”. It says: {TOO_LONG}"),
+        (400, {"object": "error", "message": "top_k must be 0 or more"}, "", "The server at here:1 refuses the request. It says: top_k must be 0 or more."),
+        (422, {"detail": [{"loc": ["body"], "msg": "Field required"}]}, "", "The server at here:1 refuses the request. It says: Field required."),
+        (429, {"error": {"message": "Rate limit reached."}}, "12", "The server at here:1 has too much to do: try again in 12 seconds. It says: Rate limit reached."),
+        (503, {}, "", "The server at here:1 has too much to do: try again in a moment."),
+        (500, {"error": {"message": 'Traceback (most recent call last):\n File "x.py"'}}, "", "The server at here:1 failed at this request: its log says why."),
+        (500, {"error": {"message": "{'loc': 3}"}}, "", "The server at here:1 failed at this request: its log says why."),
+        (502, {}, "", "The server at here:1 failed at this request: its log says why."),
+    ],
+)  # fmt: skip
+def test_a_refusal_reads_as_a_sentence(status, body, wait, sentence):
+    assert refusal("here:1", status, body, "m", wait) == sentence
+
+
+def test_a_servers_long_words_are_cut():
+    said = refusal("here:1", 400, {"error": {"message": "word\n" * 1000}}, "m")
+    assert len(said) < 320 and "\n" not in said and said.endswith("word…")
+
+
+def test_every_failure_of_the_connection_is_a_sentence_without_its_technicalities():
+    request = httpx.Request("GET", "http://here:1")
+    kinds = [
+        kind
+        for kind in vars(httpx).values()
+        if isinstance(kind, type) and issubclass(kind, httpx.TransportError)
+    ]
+    assert len(kinds) > 10
+    for kind in kinds:
+        said = client.failure("here:1", kind("[Errno 111] secret detail", request=request))
+        assert "here:1" in said and said.endswith(".") and "secret" not in said and "Errno" not in said
+
+
+def test_events_are_split_at_newlines_only_wherever_the_pieces_end():
+    told = ["a\u2028b", "é\x85", "{}", "[DONE]"]
+    raw = b": ping\r\n\r\n" + b"".join(f"data: {text}\n\n".encode() for text in told)
+
+    async def read(size: int) -> list[str]:
+        async def pieces():
+            for start in range(0, len(raw), size):
+                yield raw[start : start + size]
+
+        return [event async for event in client._events(pieces())]
+
+    for size in (1, 2, 3, 7, len(raw)):
+        assert asyncio.run(read(size)) == told
+
+
+def test_turns_alternate_in_a_request_and_completed_texts_are_not_in_it():
+    def turn(role, content, mode="chat"):
+        return {"role": role, "content": content, "mode": mode}
+
+    history = [
+        turn("user", "unanswered"), turn("user", "again"), turn("assistant", "yes"),
+        turn("user", "def f(", "complete"), turn("assistant", "x):", "complete"), turn("user", "so?"),
+    ]  # fmt: skip
+    assert messages_of(history, "Be brief.") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "unanswered\n\nagain"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "so?"},
+    ]
+    assert messages_of(history[:1], "  ") == [{"role": "user", "content": "unanswered"}]
+    path, body = request_for("complete", "m", history, "Be brief.", Settings(top_k=3, seed=0))
+    assert path == "completions" and body["prompt"] == "so?" and "messages" not in body
+    assert (body["top_k"], body["seed"]) == (3, 0)
+    path, body = request_for("chat", "m", history, "", Settings())
+    assert path == "chat/completions" and "top_k" not in body and "seed" not in body
+
+
+def test_rates_count_from_the_first_token_and_take_the_servers_own_count():
+    progress = Progress(started=10.0)
+    assert progress.note() == "Waiting for the first token …"
+    progress.add({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, 10.4)
+    for i, piece in enumerate("abc"):
+        progress.add({"choices": [{"delta": {"content": piece}, "finish_reason": None}]}, 10.5 + i)
+    assert (progress.text, progress.tokens, progress.tokens_per_second) == ("abc", 3, 1.0)
+    progress.add({"choices": [{"delta": {}, "finish_reason": "length"}]}, 13.0)
+    progress.add({"choices": [], "usage": {"completion_tokens": 5}}, 13.0)
+    assert progress.note() == "5 tokens · 2.0 tokens/s · first token after 0.50 s · cut at “Max new tokens”"
+    one = Progress(started=0.0)
+    one.add({"choices": [{"text": "x", "finish_reason": "stop"}]}, 0.25)
+    assert one.note() == "1 token · first token after 0.25 s"
+    nothing = Progress(started=0.0)
+    nothing.add({"choices": [{"text": "", "finish_reason": "stop"}]}, 0.25)
+    assert nothing.note() == "The model ended its answer at once."
+
+
+@contextlib.asynccontextmanager
+async def _raw_server(*writes: bytes, hold: bool = False):
+    """A socket that answers any request with these bytes, and tells when the other side went away."""
+    gone = asyncio.Event()
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        for part in writes:
+            writer.write(part)
+            await writer.drain()
+        if hold:
+            while await reader.read(1024):
+                pass
+            gone.set()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield Server.of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "key"), gone
+
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+
+
+def _event(text: str) -> bytes:
+    return f"data: {json.dumps({'choices': [{'text': text}]})}\n\n".encode()
+
+
+def test_stop_closes_the_connection_while_the_server_says_nothing():
+    async def go() -> None:
+        async with _raw_server(STREAM, _event("one"), hold=True) as (server, gone):
+            answering = Answering(server, "completions", {"model": "m"})
+            async for progress in answering.updates():
+                if progress.text:
+                    answering.stop()
+            assert (progress.text, progress.ended) == ("one", "stopped")
+            await asyncio.wait_for(gone.wait(), 5)
+
+    asyncio.run(go())
+
+
+def test_an_abandoned_answer_closes_the_connection():
+    async def go() -> None:
+        async with _raw_server(STREAM, _event("one"), hold=True) as (server, gone):
+            updates = Answering(server, "completions", {"model": "m"}).updates()
+            async for progress in updates:
+                if progress.text:
+                    break
+            await updates.aclose()
+            await asyncio.wait_for(gone.wait(), 5)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("writes", "text", "sentence"),
+    [
+        ([STREAM, _event("one")], "one", "broke off before the answer was complete"),
+        ([STREAM, _event("one"), b'data: {"error": {"message": "out of memory"}}\n\n'], "one", "It says: out of memory."),
+        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>hello</html>"], "", "broke off before"),
+        ([STREAM, b"data: 12\n\n"], "", "no OpenAI-compatible server"),
+        ([b"nonsense\r\n\r\n"], "", "broke off before"),
+        ([b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n"], "", "refuses the key"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_a_stream_is_told_and_what_came_before_is_kept(writes, text, sentence):
+    async def go() -> str:
+        async with _raw_server(*writes) as (server, _):
+            answering = Answering(server, "completions", {"model": "m"})
+            with pytest.raises(ServerError) as told:
+                async for _ in answering.updates():
+                    pass
+            assert answering.progress.text == text
+            return str(told.value)
+
+    assert sentence in asyncio.run(go())
+
+
+def test_a_server_that_went_away_keeps_its_models_listed():
+    body = json.dumps({"data": [{"id": "a"}, {"id": "b"}, {"no": 1}]}).encode()
+    head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+
+    async def go() -> None:
+        async with _raw_server(head + body) as (server, _):
+            catalog = Catalog([server])
+            await catalog.refresh()
+            assert catalog.names == ["a", "b"] and not catalog.troubles
+            assert catalog.find("b") == (server, "b")
+        catalog._asked = -math.inf
+        await catalog.refresh()
+        assert catalog.names == ["a", "b"]
+        assert catalog.troubles == [f"No server answers at {server.place}: start it, or wait until it is up."]
+        with pytest.raises(ServerError, match="No server answers"):
+            catalog.find(None)
+
+    asyncio.run(go())
+
+
+HOSTILE = "<img src=x onerror=\"a()\"> & {{value}} ${1} `b` '"
+
+
+def test_nothing_of_html_or_of_gradios_templates_is_left_in_text():
+    shown = as_text(HOSTILE)
+    assert not set("<>{}$`\"'") & set(shown)
+    message = {"role": "user", "content": HOSTILE, "mode": "chat"}
+    assert shown in turns([message]) and HOSTILE not in turns([message])
+    page = tokens.as_html(tokens.Reading([tokens.Token(HOSTILE, 0.5, [(HOSTILE, 0.5)])], [(HOSTILE, 1.0)]))
+    assert page.count(shown) >= 4 and "<img" not in page and "{" not in page
+
+
+def test_a_servers_echo_becomes_tokens_with_their_alternatives():
+    echoed = {
+        "tokens": ["def", " f", "\n"],
+        "token_logprobs": [None, math.log(0.25), math.log(0.5)],
+        "top_logprobs": [None, {" g": math.log(0.5), " f": math.log(0.25)}, {"\n": math.log(0.5)}],
+    }
+    reading = tokens._echoed(echoed)
+    assert [(t.label, t.probability) for t in reading.tokens] == [("def", None), ("·f", pytest.approx(0.25))]
+    assert reading.tokens[1].likeliest == [("·g", pytest.approx(0.5)), ("·f", pytest.approx(0.25))]
+    assert reading.following == [("\\n", pytest.approx(0.5))]
+    assert tokens._echoed({"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None]}) is None
+
+
+def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
+    from llm.inspect.lens import Inspection
+
+    class Letters:
+        def token_bytes(self, token: int) -> bytes:
+            return bytes([token])
+
+    probabilities = np.array([[0.6, 0.3], [0.5, 0.4]], np.float32)
+    letters = np.array([[98, 99], [97, 98]])
+    inspection = Inspection(
+        np.array([97, 99], np.int32), np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 2), np.int32),
+        np.zeros((1, 2), np.float32), letters, probabilities, -np.log(probabilities[:1, 1]),
+    )  # fmt: skip
+    reading = tokens.reading_of(inspection, Letters())
+    tops = [{chr(t): math.log(p) for t, p in zip(*row, strict=True)} for row in zip(letters, probabilities, strict=True)]  # fmt: skip
+    echo = {
+        "tokens": ["a", "c", "a"],
+        "token_logprobs": [None, math.log(0.3), math.log(0.5)],
+        "top_logprobs": [None, *tops],
+    }
+    assert tokens.as_html(reading) == tokens.as_html(tokens._echoed(echo))
+    assert ">c: 30.0 %<" in tokens.as_html(reading)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.chat", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_help_comes_without_jax_or_gradio():
+    code = (
+        "import sys, launch.chat.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "finally: assert not {'jax', 'gradio', 'httpx', 'openai'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--api-key" in done.stdout
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        url = ["--url", "http://127.0.0.1:9"]
+        for arguments, sentence in (
+            ([], "name a model to talk to"),
+            (["--url", "localhost"], "--url localhost: give the address of a server"),
+            ([*url, "--port", port], f"port {port}: address already in use"),
+            ([*url, "--port", "70000"], "--port 70000: choose one from 0"),
+            ([*url, "--host", "no.such.host.invalid"], "no address is known by that name"),
+            (["--run", str(tmp_path / "none"), "--port", "0"], "holds no run"),
+        ):
+            done = _run(*arguments)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+            assert sentence in done.stderr
