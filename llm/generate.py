@@ -19,6 +19,7 @@ from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
 from core.run import RunFolder
+from llm.chat import end_of_turn_ids
 from llm.config import Experiment
 from llm.data.shards import boundaries
 from llm.model.config import ModelConfig
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     run = RunFolder.open(args.run)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
-    stop = stop_ids(tokenizer) + [token_id(tokenizer, token) for token in args.stop]
+    stop = end_of_turn_ids(tokenizer) + [token_id(tokenizer, token) for token in args.stop]
     log.setup("llm")
     devices.prepare()
     from core.checkpoint import newest_params
@@ -154,7 +155,7 @@ def sample_texts(
         prompt_keys(jax.random.key(seed), ids),
         Sampling.of(temperature),
         min(max_new_tokens, room),
-        stop_ids(tokenizer),
+        end_of_turn_ids(tokenizer),
         dtype,
     )
     return [text_of(tokenizer, row.token_ids) for row in rows]
@@ -164,11 +165,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids after the token that begins every text, as in training."""
     begin, _ = boundaries(tokenizer)
     return [begin, *tokenizer.encode(prompt)]
-
-
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a text."""
-    return [boundaries(tokenizer)[1]]
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:

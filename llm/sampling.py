@@ -69,6 +69,43 @@ def sample(
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+class RowSampling(NamedTuple):
+    """How a token is drawn for each row by itself: what `Sampling` says, with values for what is switched off."""
+
+    temperature: Float[Array, " B"]  # 0: greedy
+    top_k: Int[Array, " B"]  # 0: all tokens
+    top_p: Float[Array, " B"]  # 1: all tokens
+
+
+def sample_rows(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], rows: RowSampling
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`sample`, each row in its own way; what no row asks for takes no time.
+
+    A row gets the token that `sample` gives it for its `Sampling`.
+    """
+    greedy = jnp.argmax(logits, axis=-1)
+
+    def keep(values, weights, targets, off):
+        every = lambda: jnp.ones_like(values, bool)  # noqa: E731
+        some = lambda: _largest(values, weights, targets) | off[:, None]  # noqa: E731
+        return jax.lax.cond(jnp.all(off), every, some)
+
+    def draw():
+        temperature = jnp.where(rows.temperature > 0, rows.temperature, 1)
+        scores = logits / temperature[:, None]
+        keep_k = keep(scores, jnp.ones_like(scores), rows.top_k, (rows.top_k == 0) | (rows.temperature == 0))
+        p = jax.nn.softmax(jnp.where(keep_k, scores, -jnp.inf), axis=-1)
+        off = (rows.top_p == 1) | (rows.temperature == 0)
+        kept = jnp.where(keep(p, p, rows.top_p, off), p, 0)
+        p = jnp.where(off[:, None], p, kept / kept.sum(-1, keepdims=True))
+        return jnp.where(rows.temperature > 0, _draw(p, keys), greedy)
+
+    tokens = jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: greedy)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def probabilities(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """The distribution that is drawn from: tempered, filtered, zero outside the filters."""
     scores = logits / jnp.asarray(sampling.temperature)

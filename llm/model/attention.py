@@ -118,20 +118,21 @@ def attention(
     mask: Mask = CAUSAL,
     *,
     q_offset: int | jax.Array = 0,
+    k_indices: Int[Array, " T"] | None = None,
     backend: Backend = "reference",
 ) -> Float[Array, "B S H K"]:
     """Softmax attention with grouped keys and values: softmax(q k^T / sqrt(K)) v. G divides H.
 
     Query i stands at index `q_offset + i` of the T keys, in a document that begins at index `starts[:, i]`
     (`document_starts`); it sees the keys that `mask` leaves of this document, or of the row if `starts` is
-    None. For `ring` all arrays are in zigzag order, see `llm.model.ring`.
+    None. Keys out of order have their indices in `k_indices`. For `ring` all arrays are in zigzag order, see `llm.model.ring`.
 
     Raises:
         ValueError: if `backend` can't honour the mask asked for.
     """
     if backend == "reference":
-        return weighted_values(attention_weights(q, k, starts, mask, q_offset), v)
-    if not isinstance(q_offset, int) or q_offset or q.shape[1] != k.shape[1]:
+        return weighted_values(attention_weights(q, k, starts, mask, q_offset, k_indices), v)
+    if not isinstance(q_offset, int) or q_offset or q.shape[1] != k.shape[1] or k_indices is not None:
         raise ValueError(f"{backend} attention needs queries and keys at the same indices: use 'reference'")
     if backend == "blockwise":
         return blockwise_attention(q, k, v, starts, mask)
@@ -157,13 +158,15 @@ def attention_weights(
     starts: Int[Array, "B S"] | None,
     mask: Mask = CAUSAL,
     q_offset: int | jax.Array = 0,
+    k_indices: Int[Array, " T"] | None = None,
 ) -> Float[Array, "B G H/G S T"]:
     """The attention map in float32; its rows sum to one."""
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
     scores = contract("bsgrk,btgk->bgrst", q, k, jnp.float32) * head_dim**-0.5
-    i, j = q_offset + jnp.arange(length)[:, None], jnp.arange(k.shape[1])
+    i = q_offset + jnp.arange(length)[:, None]
+    j = jnp.arange(k.shape[1]) if k_indices is None else k_indices
     visible = mask.visible(i, j, None if starts is None else starts[:, None, None, :, None])
     return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 

@@ -29,6 +29,67 @@ class Cache(NamedTuple):
         return self.segments.shape[1]
 
 
+class Ring(NamedTuple):
+    """A cache for decoding rows that begin and end at different times, a token of each at every step.
+
+    All rows write into one slot, `column`, which moves on by one each step and from the last slot to the
+    first; what a row wrote a step ago is one slot behind it, wherever the row began. So a step writes each
+    array in one piece, where slots of their own for each row would be a scatter. A token of a row's position p
+    sees the p slots behind it: what else they hold, of rows that ended, needs no clearing. A row must not
+    have more tokens than there are slots.
+    """
+
+    k: tuple[Float[Array, "B*G T K"], ...]
+    v: tuple[Float[Array, "B*G T K"], ...]
+    column: Int[Array, ""]  # where the next token is written
+
+    @property
+    def slots(self) -> int:
+        return self.k[0].shape[1]
+
+    @property
+    def order(self) -> Int[Array, " T"]:
+        """The index of each slot when the one being written is last, and the oldest first."""
+        return (jnp.arange(self.slots) - self.column - 1) % self.slots
+
+
+def empty_ring(config: ModelConfig, batch: int, slots: int, dtype: str = "float32") -> Ring:
+    """A ring of `slots` tokens of each of `batch` sequences."""
+    cache = empty_cache(config, batch, slots, dtype)
+    return Ring(cache.k, cache.v, jnp.int32(0))
+
+
+def resize_ring(ring: Ring, groups: int, rows: Int[Array, " B2"], slots: int) -> Ring:
+    """The given rows, any number of them and some twice, in a ring with `slots` slots.
+
+    Of each the newest tokens are kept, as many as there are slots.
+    """
+    source = (ring.column - slots + jnp.arange(slots)) % ring.slots
+
+    def pick(array):
+        _, old, size = array.shape
+        array = array.reshape(-1, groups, old, size)[rows][:, :, source]
+        return array.reshape(-1, slots, size)
+
+    return Ring(tuple(map(pick, ring.k)), tuple(map(pick, ring.v)), jnp.int32(0))
+
+
+def into_ring(ring: Ring, row: Int[Array, ""], k: tuple[jax.Array, ...], v: tuple[jax.Array, ...]) -> Ring:
+    """The ring with the keys and values of one sequence, [G T K] as `in_order` gives them, in a row."""
+
+    def put(array, new):
+        return jax.lax.dynamic_update_slice(array, new, (row * new.shape[0], 0, 0))
+
+    return Ring(tuple(map(put, ring.k, k)), tuple(map(put, ring.v, v)), ring.column)
+
+
+def in_order(cache: Cache, column: Int[Array, ""], slots: int):
+    """Keys and values of a cache's one sequence as a ring's row has them, before `column` is written."""
+    source = cache.length - 1 - (column - 1 - jnp.arange(slots)) % slots
+    pick = lambda array: array[:, jnp.maximum(source, 0)]  # noqa: E731
+    return tuple(map(pick, cache.k)), tuple(map(pick, cache.v))
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str = "float32") -> Cache:
     """A cache for `slots` tokens of each of `batch` sequences."""
     shape = (batch * config.num_kv_heads, slots, config.head_dim)

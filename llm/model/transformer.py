@@ -18,7 +18,7 @@ from core.mesh import shard
 from core.module import Blueprint, param, stack
 from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
-from llm.model.cache import Cache, as_rows, from_rows, write
+from llm.model.cache import Cache, Ring, as_rows, from_rows, write
 from llm.model.config import ModelConfig
 from llm.model.layers import Linear, Norm, product, spread, stream, whole
 from llm.model.masks import Mask, document_starts
@@ -47,7 +47,7 @@ class Compute:
 
 class Output(NamedTuple):
     hidden: Float[Array, "B S D"]
-    cache: Cache | None
+    cache: Cache | Ring | None
     aux: dict[str, jax.Array] | None
     routing: Routing | None = None  # means over layers, where the model has experts
 
@@ -59,6 +59,8 @@ class View(NamedTuple):
     sin: Float[Array, "B S R"]
     starts: Int[Array, "B S"] | None  # index of the first token of each one's document; None: the row's first
     q_offset: int | jax.Array
+    slot: int | jax.Array = 0  # of the cache, into which the first token goes
+    k_indices: Int[Array, " T"] | None = None  # of a cache whose slots are out of order
 
 
 class Attention(nnx.Module):
@@ -94,18 +96,21 @@ class Attention(nnx.Module):
         v = shard(v, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
         starts, batch, groups = view.starts, x.shape[0], k.shape[2]
         if kv is not None:
-            kv = tuple(write(rows, new, view.q_offset) for rows, new in zip(kv, (k, v), strict=True))
+            kv = tuple(write(rows, new, view.slot) for rows, new in zip(kv, (k, v), strict=True))
             q, (k, v) = as_rows(q, groups), (rows[:, :, None].astype(q.dtype) for rows in kv)
             starts = None if starts is None else jnp.repeat(starts, groups, axis=0)
         weights = None
         if capture and self.backend == "ring":
             raise ValueError("captured attention maps need a model whose attention is not 'ring'")
         if capture:
-            weights = attention_weights(q, k, starts, self.mask, view.q_offset)
+            weights = attention_weights(q, k, starts, self.mask, view.q_offset, view.k_indices)
             y = weighted_values(weights, v)
             weights = weights.reshape(batch, groups, -1, *weights.shape[3:])
         else:
-            y = attention(q, k, v, starts, self.mask, q_offset=view.q_offset, backend=self.backend)
+            y = attention(
+                q, k, v, starts, self.mask,
+                q_offset=view.q_offset, k_indices=view.k_indices, backend=self.backend,
+            )  # fmt: skip
         if kv is not None:
             y = from_rows(y, batch)
         y = shard(y, "act_batch", "act_seq", "act_heads", "act_head_dim")
@@ -152,14 +157,15 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"] | None,
-        cache: Cache | None = None,
+        cache: Cache | Ring | None = None,
         *,
         capture: bool = False,
     ) -> Output:
         """Hidden states after the final norm; tokens see only earlier ones of their own segment.
 
         Without segment ids a row is one segment. With a `cache`, which needs them, the tokens are appended to
-        it, and the grown one is returned. With `capture` the result's `aux` holds `attention`
+        it, and the grown one is returned. To a `Ring` one token of each row is appended, and `positions` say how
+        many of the row it has: segment ids aren't needed. With `capture` the result's `aux` holds `attention`
         [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
         """
         if cache is None:
@@ -167,6 +173,13 @@ class Transformer(nnx.Module):
             if self.compute.attention == "ring":
                 tokens, positions, starts = jax.tree.map(to_zigzag, (tokens, positions, starts))
             view = View(*rope.rotations(self.config, positions), starts, 0)
+        elif isinstance(cache, Ring):
+            if tokens.shape[1] != 1:
+                raise ValueError(f"a ring takes one token of each row at a time, not {tokens.shape[1]}")
+            newest = cache.slots - 1
+            view = View(
+                *rope.rotations(self.config, positions), newest - positions, newest, cache.column, cache.order
+            )
         elif segment_ids is None:
             raise ValueError("tokens that a cache remembers need segment ids: 0 for padding")
         else:
@@ -174,7 +187,7 @@ class Transformer(nnx.Module):
             starts = jax.lax.dynamic_slice_in_dim(
                 document_starts(seen), cache.length, tokens.shape[1], axis=1
             )
-            view = View(*rope.rotations(self.config, positions), starts, cache.length)
+            view = View(*rope.rotations(self.config, positions), starts, cache.length, cache.length)
         # Gathered over fsdp like any weight: a lookup in columns would move the activations instead.
         # Rows first, then the cast: the other way round a row's gradient would be summed in bfloat16.
         table = shard(self.embedding[...], "act_vocab", "act_embed")
@@ -187,6 +200,8 @@ class Transformer(nnx.Module):
                 hidden = from_zigzag(hidden)
             return Output(hidden, None, aux, routing)
         x, k, v, aux = self._append_blocks(x, view, cache, capture)
+        if isinstance(cache, Ring):
+            return Output(whole(self.norm(x)), Ring(k, v, (cache.column + 1) % cache.slots), aux)
         return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
 
     def _scan_blocks(self, x, view: View, capture: bool):
@@ -204,7 +219,7 @@ class Transformer(nnx.Module):
         x, (aux, routing) = jax.lax.scan(body, x, stacked, unroll=unroll)
         return x, aux, jax.tree.map(jnp.mean, routing)
 
-    def _append_blocks(self, x, view: View, cache: Cache, capture: bool):
+    def _append_blocks(self, x, view: View, cache: Cache | Ring, capture: bool):
         """Layer after layer: a scan would copy weights and cache out of their stacks at every token."""
         k, v, aux = [], [], []
         for block, *kv in zip(self.layers(), cache.k, cache.v, strict=True):

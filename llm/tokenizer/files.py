@@ -11,6 +11,7 @@ from llm.tokenizer.bpe import BEGIN, BPE, BYTE_TO_CHAR, END, PAD
 from llm.tokenizer.patterns import PATTERNS
 
 TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+CHAT_TEMPLATE = "chat_template.jinja"  # where newer versions of transformers keep it
 
 
 def save(bpe: BPE, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from core.errors import UserError
 from llm.tokenizer.bpe import BYTE_TO_CHAR
-from llm.tokenizer.files import CONFIG, as_bytes, find, read, write
+from llm.tokenizer.files import CHAT_TEMPLATE, CONFIG, as_bytes, find, read, write
 from llm.tokenizer.sentencepiece import BYTES, SPACE, convert
 
 _PROBE = "A  b\n\té😀"  # case, spaces, and characters that few vocabularies have: what is lost shows here
@@ -35,6 +35,7 @@ class Tokenizer:
         bos_id: begin of text. Like the next two, None where the tokenizer has no such token.
         eos_id: end of text.
         pad_id: padding.
+        chat_template: how a conversation is written, Jinja; None where its maker gave none.
     """
 
     def __init__(self, data: bytes, config: dict, path: Path) -> None:
@@ -46,6 +47,7 @@ class Tokenizer:
             self._engine = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the engine raises nothing more precise
             raise UserError(f"the tokenizer in {path} can't be used: {error}") from None
+        self.chat_template = _chat_template(config)
         decoder = json.loads(data).get("decoder") or {}
         byte_level = "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
         model = self._engine.model
@@ -63,7 +65,7 @@ class Tokenizer:
         # Ids need not be contiguous in the files of others.
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (
-            self._role(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")
+            self._role(role) for role in ("bos_token", "eos_token", "pad_token")
         )
         encoded = b"".join(map(self.token_bytes, self.encode(_PROBE)))
         self._adds_space = encoded == b" " + _PROBE.encode()
@@ -91,6 +93,8 @@ class Tokenizer:
         file = find(Path(path))
         beside = file.parent / CONFIG
         config = json.loads(read(beside)) if beside.exists() else {}
+        if (template := file.parent / CHAT_TEMPLATE).exists():
+            config["chat_template"] = template.read_text(encoding="utf-8")
         if file.suffix != ".model":
             return cls(read(file), config, Path(path))
         tokenizer, config = convert(file, config)
@@ -100,8 +104,11 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json` into `folder`, whose own are replaced."""
         write(folder, *self._files)
 
-    def encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, markup: bool = False) -> list[int]:
+        """The ids of a text; with `markup`, special tokens that it spells are found, which no other reading
+        of text does: it is for what a chat template rendered."""
+        engine = self._finding_special_tokens if markup else self._engine
+        return engine.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed on all cores."""
@@ -156,7 +163,25 @@ class Tokenizer:
         ordinary = self._bytes.keys() - set(self.special_ids.values())
         return {self._bytes[i]: i for i in sorted(ordinary, key=lambda i: (i not in fallback, -i))}
 
-    def _role(self, token: str | dict | None) -> int | None:
-        """The id of a token as a config names it: by its text, or by a description of it."""
-        content = token.get("content") if isinstance(token, dict) else token
+    def role_token(self, role: str) -> str | None:
+        """The text of the token that has a role, such as `bos_token`; by its text or a description of it."""
+        token = self._files[1].get(role)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def _role(self, role: str) -> int | None:
+        content = self.role_token(role)
         return None if content is None else self._engine.token_to_id(content)
+
+    @functools.cached_property
+    def _finding_special_tokens(self) -> tokenizers.Tokenizer:
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        engine.encode_special_tokens = False
+        return engine
+
+
+def _chat_template(config: dict) -> str | None:
+    """The template in a `tokenizer_config.json`, the one called default where there are several."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return template

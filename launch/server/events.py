@@ -1,0 +1,56 @@
+"""Server-sent events, for as long as the client listens and no longer than it may take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi.responses import Response
+
+
+class Events(Response):
+    """`data: {...}` for each object, then `data: [DONE]`; `ended` is called in any case.
+
+    A client that goes, or reads so slowly that the time runs out, is not waited for.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, objects: AsyncIterator[dict[str, Any]], ended: Callable[[], None], seconds: float):
+        self.objects, self.ended, self.seconds = objects, ended, seconds
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    def init_headers(self, headers=None) -> None:
+        super().init_headers(headers)
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
+
+    async def __call__(self, scope, receive, send) -> None:
+        pump = asyncio.ensure_future(self._pump(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({pump, gone}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.ended()
+            for task in (pump, gone):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _pump(self, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for item in self.objects:
+            await self._send(send, json.dumps(item, ensure_ascii=False, allow_nan=False))
+        await self._send(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send, data: str) -> None:
+        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+async def _disconnected(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
