@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import socket
+import sys
 from pathlib import Path
 
 from core.errors import UserError, run_command
-
-NEEDS = "the chat page needs gradio and httpx: pip install 'token-to-tensor[serve]'"
 
 
 def main(argv: list[str]) -> None:
@@ -36,29 +36,28 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.urls and args.run is None:
         raise UserError("name a model to talk to: --run FOLDER, or --url URL of a server")
-    try:
-        from launch.chat.client import Server, is_loopback
-    except ModuleNotFoundError as error:
-        raise UserError(f"{NEEDS} ({error.name} is missing)") from None
+    for package in ("httpx", "fastapi", "uvicorn", "gradio"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the chat page needs the package '{package}': pip install -e '.[serve]'")
+    from launch.chat.client import Server, is_loopback
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or None
     servers = [Server.of(url, key) for url in dict.fromkeys(args.urls)]
     with _bound(args.host, args.port) as listening, contextlib.ExitStack() as engines:
-        try:
-            from launch.chat.serve import serve
-        except ModuleNotFoundError as error:
-            raise UserError(f"{NEEDS} ({error.name} is missing)") from None
         inside, mode = None, "chat"
         if args.run is not None:
             from launch.chat.engine import started
 
             inside, mode = engines.enter_context(started(args.run))
-            servers.insert(0, Server.of(inside.url))
+            servers.insert(0, Server(inside.url))
         if not is_loopback(args.host):
             print(
                 f"warning: the page listens on {args.host}: whoever reaches it uses the models"
-                f"{' and the key' if key else ''}, without a password"
+                f"{' and the key' if key and args.urls else ''}, without a password",
+                file=sys.stderr,
             )
+        from launch.chat.serve import serve
+
         serve(servers, inside, mode, listening)
 
 

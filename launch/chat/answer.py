@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from launch.chat.client import Server, stream
+from launch.chat.client import Model, Server, stream
 
 SECONDS_BETWEEN_UPDATES = 0.08  # a page redrawn at each token of a fast server would freeze
 
@@ -44,7 +44,9 @@ class Progress:
 
     started: float
     text: str = ""
-    tokens: int = 0
+    pieces: int = 0
+    tokens: int | None = None  # where the server tells
+    first_tokens: int = 1  # that came with the first piece
     first: float | None = None
     last: float | None = None
     ended: str = ""  # why, when it has: "stop", "length", "stopped"
@@ -55,18 +57,24 @@ class Progress:
             piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             if piece:
                 self.text += piece
-                self.tokens += 1  # servers send a token a chunk, and say the exact number last
+                self.pieces += 1
                 self.first = now if self.first is None else self.first
                 self.last = now
             self.ended = choice.get("finish_reason") or self.ended
         self.tokens = (chunk.get("usage") or {}).get("completion_tokens") or self.tokens
+        if self.pieces == 1 and self.tokens:
+            self.first_tokens = self.tokens
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """From the first token to the last; the wait for the first is told beside it."""
-        if self.first is None or self.last is None or self.last <= self.first or self.tokens < 2:
+    def rate(self) -> float | None:
+        """Tokens a second from the first piece to the last; the wait for the first is told beside it.
+
+        Of pieces where the server doesn't count tokens: most send one a piece.
+        """
+        if self.first is None or self.last is None or self.last <= self.first:
             return None
-        return (self.tokens - 1) / (self.last - self.first)
+        more = self.pieces - 1 if self.tokens is None else self.tokens - self.first_tokens
+        return more / (self.last - self.first) if more > 0 else None
 
     def note(self) -> str:
         """The rates in one line."""
@@ -74,11 +82,12 @@ class Progress:
             return {"": "Waiting for the first token …", "stopped": "Stopped before the first token."}.get(
                 self.ended, "The model ended its answer at once."
             )
-        parts = [f"{self.tokens} token{'s' * (self.tokens != 1)}"]
-        if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:.1f} tokens/s")
+        count, unit = (self.pieces, "piece") if self.tokens is None else (self.tokens, "token")
+        parts = [f"{count} {unit}{'s' * (count != 1)}"]
+        if self.rate is not None:
+            parts.append(f"{self.rate:.1f} {unit}s/s")
         parts.append(f"first token after {self.first - self.started:.2f} s")
-        why = {"length": "cut at “Max new tokens”", "stopped": "stopped"}.get(self.ended)
+        why = {"length": "limit reached", "stopped": "stopped"}.get(self.ended)
         return " · ".join([*parts, why] if why else parts)
 
 
@@ -86,7 +95,7 @@ class Answering:
     """One request at work, which `stop` ends from elsewhere."""
 
     def __init__(self, server: Server, path: str, body: Mapping[str, Any]) -> None:
-        self._chunks = stream(server, path, {**body, "stream": True, "stream_options": {"include_usage": True}})
+        self._chunks = stream(server, path, body)
         self.progress = Progress(time.perf_counter())
         self._task: asyncio.Task | None = None
         self._stopped = False
@@ -140,14 +149,20 @@ def messages_of(history: Sequence[Mapping[str, str]], system: str = "") -> list[
 
 
 def request_for(
-    mode: str, model: str, history: Sequence[Mapping[str, str]], system: str, settings: Settings
+    mode: str, model: Model, history: Sequence[Mapping[str, str]], system: str, settings: Settings
 ) -> tuple[str, dict[str, Any]]:
     """The path and the body that ask for the answer to a history's last message.
 
     `mode` is "chat", or "complete": then the last message is continued as text, without the turns before
     it and without a template, which is what a model without instruction tuning knows.
     """
+    counts = {"continuous_usage_stats": True} if model.counts else {}
+    body = {
+        "model": model.name,
+        "stream": True,
+        "stream_options": {"include_usage": True, **counts},
+        **settings.fields(),
+    }
     if mode == "chat":
-        body = {"messages": messages_of(history, system)}
-        return "chat/completions", {"model": model, **body, **settings.fields()}
-    return "completions", {"model": model, "prompt": history[-1]["content"], **settings.fields()}
+        return "chat/completions", {**body, "messages": messages_of(history, system)}
+    return "completions", {**body, "prompt": history[-1]["content"]}

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from launch.chat.client import Server, ServerError, list_models
+from launch.chat.client import Model, Server, ServerError, list_models
 
 _FRESH_SECONDS = 2.0  # pages ask often, and all of them ask for the same
 
@@ -16,7 +16,7 @@ class Catalog:
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = list(servers)
-        self._models: dict[Server, list[str]] = {}
+        self._models: dict[Server, list[Model]] = {}
         self._troubles: dict[Server, str] = {}
         self._asked = -_FRESH_SECONDS
         self._lock = asyncio.Lock()
@@ -46,7 +46,7 @@ class Catalog:
         """A sentence for each server that doesn't answer as it should."""
         return list(self._troubles.values())
 
-    def find(self, name: str | None) -> tuple[Server, str]:
+    def find(self, name: str | None) -> tuple[Server, Model]:
         """The server and the model of a name. Raises `ServerError` where there is none of that name."""
         for server, models in self._models.items():
             for model in models:
@@ -54,5 +54,5 @@ class Catalog:
                     return server, model
         raise ServerError(" ".join(self.troubles) or "Choose a model first.")
 
-    def _name(self, server: Server, model: str) -> str:
-        return model if len(self._servers) == 1 else f"{model} @ {server.place}"
+    def _name(self, server: Server, model: Model) -> str:
+        return model.name if len(self._servers) == 1 else f"{model.name} @ {server.place}"

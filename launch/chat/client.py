@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -51,8 +51,20 @@ class Server:
         return urlsplit(self.url).netloc.rpartition("@")[2]
 
 
-async def list_models(server: Server) -> list[str]:
-    """The names of the models that a server has. Raises `ServerError`."""
+class Model(NamedTuple):
+    """A model as its server calls it, and by whom it is served, in the server's words."""
+
+    name: str
+    owner: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the server can tell in each chunk how many tokens there are so far; others refuse to."""
+        return self.owner in ("token-to-tensor", "vllm")
+
+
+async def list_models(server: Server) -> list[Model]:
+    """The models that a server has. Raises `ServerError`."""
     with _telling(server):
         async with _client(server, _LIST_SECONDS) as client:
             response = await client.get(f"{server.url}/models")
@@ -60,7 +72,11 @@ async def list_models(server: Server) -> list[str]:
     models = answer.get("data")
     if not isinstance(models, list):
         raise ServerError(_foreign(server))
-    return [model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+    return [
+        Model(model["id"], str(model.get("owned_by", "")))
+        for model in models
+        if isinstance(model, dict) and isinstance(model.get("id"), str)
+    ]
 
 
 async def post(server: Server, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

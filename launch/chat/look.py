@@ -58,8 +58,8 @@ def theme() -> Base:
         primary_hue=blue, neutral_hue="slate", font=SANS, font_mono=MONO, spacing_size="sm", text_size="md"
     )
     return plain.set(
-        block_border_width="0px", block_shadow="none", block_background_fill="transparent",
-        block_background_fill_dark="transparent",
+        block_border_width="0px", block_shadow="none", block_background_fill="*background_fill_primary",
+        block_background_fill_dark="*background_fill_primary",
     )  # fmt: skip
 
 
@@ -68,11 +68,11 @@ HEAD = '<meta name="color-scheme" content="light dark"><link rel="icon" href="da
 # --p is a probability, --shade its place on the scale of colours. The log is turned over twice, by which browsers keep its end in view.
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; width: 100%; }
-.gradio-container main { width: 100%; padding: .75rem 1rem !important; }
+.gradio-container main { width: 100%; padding: 0 !important; }
 #t2t-head { align-items: end; }
 #t2t-head h1 { font-size: 1.2rem; font-weight: 650; margin: 0 0 .5rem; }
 #t2t-log {
-  height: calc(100dvh - 300px); min-height: 240px; overflow-y: auto; flex-wrap: nowrap;
+  height: calc(100dvh - 285px); min-height: 240px; overflow-y: auto; flex-wrap: nowrap;
   flex-direction: column-reverse; border: 1px solid var(--border-color-primary); border-radius: 10px;
 }
 #t2t-turns { display: block; padding: .9rem; margin-bottom: auto; flex-grow: 0; }
@@ -121,6 +121,7 @@ CSS = """
 .t2t-bars span span { text-align: right; font-variant-numeric: tabular-nums; }
 .t2t-card .t2t-bars > span { grid-template-columns: 5.5rem 1fr 3.6rem; }
 .t2t-legend { display: flex; align-items: center; gap: 3px; margin: .3rem 0 .6rem; font-size: .8rem; }
+.t2t-legend { flex-wrap: wrap; white-space: nowrap; }
 .t2t-legend span { width: 1.4rem; height: .8rem; border-radius: 2px; margin-left: .6rem; }
 .t2t-legend span:first-child { margin-left: 0; }
 .t2t-table { margin-top: 1rem; font-size: .85rem; }
@@ -130,11 +131,11 @@ CSS = """
 .t2t-figure img { min-width: 42rem; max-width: 100%; border-radius: 6px; background: white; }
 #t2t-ask { align-items: center; padding: 0 var(--spacing-lg); }
 @media (max-width: 640px) {
-  .gradio-container, .gradio-container main { padding: .3rem !important; }
+  .gradio-container > .main { padding: .3rem !important; }
   #t2t-head, #t2t-under { flex-wrap: wrap; }
   #t2t-head > *, #t2t-note { flex: 1 0 100% !important; }
   #t2t-head h1 { margin: 0; }
-  #t2t-log { height: calc(100dvh - 320px); }
+  #t2t-log { height: calc(100dvh - 400px); }
   .t2t-card { position: fixed; inset: auto 1rem 1rem 1rem; width: auto; }
 }
 """

@@ -106,9 +106,9 @@ def _tokens_tab(catalog: Catalog, model: gr.Dropdown, inside: Inside | None) -> 
         if not text.strip():
             return said("Give a text first."), gr.skip(), gr.skip(), gr.skip()
         try:
-            server, model_name = catalog.find(name)
+            server, chosen = catalog.find(name)
             if not is_here(name):
-                html = tokens.as_html(await tokens.ask(server, model_name, text))
+                html = tokens.as_html(await tokens.ask(server, chosen.name, text))
                 return "", html, gr.Dropdown(visible=False), said(NEEDS_RUN)
             assert inside is not None
             inspection = await asyncio.to_thread(inside.inspect, text)

@@ -49,12 +49,12 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
         """Updates of the page while the model answers the last message of `past`."""
         yield {history: past, log: turns(past), live: ""}
         try:
-            server, model_name = catalog.find(name)
+            server, chosen = catalog.find(name)
             settings = _settings_of(*numbers)
         except (ServerError, ValueError) as error:
             yield {note: said(str(error), error=True)}
             return
-        path, body = request_for(mode, model_name, past, system, settings)
+        path, body = request_for(mode, chosen, past, system, settings)
         working[session] = answering = Answering(server, path, body)
         message, word = {"role": "assistant", "content": "", "mode": mode}, ""
         yield {send: gr.Button(visible=False), stop: gr.Button(visible=True)}

@@ -78,8 +78,10 @@ class Answer:
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.ask.include_usage else {}
-        return self._envelope(1) | {"choices": choices} | usage
+        if not self.ask.include_usage:
+            return self._envelope(1) | {"choices": choices}
+        so_far = self.usage() if self.ask.stream_options.continuous_usage_stats else None  # type: ignore[union-attr]
+        return self._envelope(1) | {"choices": choices, "usage": so_far}
 
     def _begin(self, index: int, piece: Piece) -> tuple[str, list[Token | int]]:
         """Text and tokens that come before those drawn."""
