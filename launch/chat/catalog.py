@@ -39,12 +39,12 @@ class Catalog:
     @property
     def names(self) -> list[str]:
         """What a reader chooses from: a model's name, with its server's place where there are several."""
-        return [self._name(server, model) for server, models in self._models.items() for model in models]
+        return [self._name(server, model) for server in self._servers for model in self._models.get(server, ())]
 
     @property
     def troubles(self) -> list[str]:
         """A sentence for each server that doesn't answer as it should."""
-        return list(self._troubles.values())
+        return [self._troubles[server] for server in self._servers if server in self._troubles]
 
     def find(self, name: str | None) -> tuple[Server, Model]:
         """The server and the model of a name. Raises `ServerError` where there is none of that name."""

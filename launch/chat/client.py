@@ -101,6 +101,8 @@ async def stream(server: Server, path: str, body: Mapping[str, Any]) -> AsyncIte
             if response.is_error:
                 await response.aread()
                 _answer(server, response, body["model"])
+            if "event-stream" not in response.headers.get("content-type", ""):
+                raise ServerError(_foreign(server))
             async for data in _events(response.aiter_bytes()):
                 if data == "[DONE]":
                     return

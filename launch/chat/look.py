@@ -31,19 +31,25 @@ def said(text: str, error: bool = False) -> str:
 
 
 def turns(history: Sequence[Mapping[str, Any]]) -> str:
-    """Messages one below the other; in a text that was completed, what is the model's has its own colour."""
-    return "".join(map(_turn, history)) or EMPTY
+    """Messages one below the other; what completes a text follows it at once, in its own colour."""
+    shown: list[str] = []
+    for message in history:
+        if message["mode"] == "complete" and message["role"] == "assistant":
+            shown[-1] += f"<span>{as_text(message['content'])}</span>"
+        else:
+            kind = "complete" if message["mode"] == "complete" else message["role"]
+            shown.append(f'<div class="t2t-turn t2t-{kind}">{as_text(message["content"])}')
+    return "".join(f"{turn}</div>" for turn in shown) or EMPTY
 
 
-def _turn(message: Mapping[str, Any]) -> str:
-    return f"{opened(message)}{as_text(message['content'])}</div>"
+def answer(question: Mapping[str, Any], text: str) -> str:
+    """An answer as it comes, and before it the text that it completes.
 
-
-def opened(message: Mapping[str, Any]) -> str:
-    """The beginning of a message's HTML, to which its text is added as it comes."""
-    who = "you" if message["role"] == "user" else "the model"
-    kind = f"t2t-{message['role']} t2t-{message['mode']}"
-    return f'<div class="t2t-turn {kind}" aria-label="{who}">'
+    Left open at its end, so that Gradio sends what is new and not all again; browsers close it.
+    """
+    if question["mode"] == "complete":
+        return f'<div class="t2t-turn t2t-complete">{as_text(question["content"])}<span>{as_text(text)}'
+    return f'<div class="t2t-turn t2t-assistant">{as_text(text)}' if text else ""
 
 
 def theme() -> Base:
@@ -75,21 +81,20 @@ CSS = """
   height: calc(100dvh - 285px); min-height: 240px; overflow-y: auto; flex-wrap: nowrap;
   flex-direction: column-reverse; border: 1px solid var(--border-color-primary); border-radius: 10px;
 }
-#t2t-turns { display: block; padding: .9rem; margin-bottom: auto; flex-grow: 0; }
+#t2t-turns { display: block; padding: .9rem .9rem 0; margin-bottom: auto; flex-grow: 0; }
 .t2t-empty { color: var(--body-text-color-subdued); text-align: center; padding: 2rem 0; }
 .t2t-turn {
   white-space: pre-wrap; overflow-wrap: anywhere; width: fit-content; max-width: 88%; margin: 0 0 .8rem;
   padding: .55rem .85rem; border-radius: 12px; line-height: 1.5; background: var(--background-fill-secondary);
 }
-.t2t-user.t2t-chat { margin-left: auto; background: var(--primary-100); }
-.dark .t2t-user.t2t-chat { background: var(--primary-800); }
+.t2t-turn.t2t-user { margin-left: auto; background: var(--primary-100); }
+.dark .t2t-turn.t2t-user { background: var(--primary-800); }
 .t2t-turn.t2t-complete {
   width: auto; max-width: none; border-radius: 0; padding: 0 0 0 .8rem; background: none;
-  font-family: var(--font-mono); font-size: .9rem; border-left: 3px solid var(--border-color-primary);
+  font-family: var(--font-mono); font-size: .9rem; border-left: 3px solid var(--primary-500);
 }
-.t2t-user.t2t-complete { margin-bottom: 0; }
-.t2t-assistant.t2t-complete { color: var(--primary-600); border-color: var(--primary-500); }
-.dark .t2t-assistant.t2t-complete { color: var(--primary-300); }
+.t2t-complete span { color: var(--primary-600); }
+.dark .t2t-complete span { color: var(--primary-300); }
 #t2t-under { align-items: center; min-height: 2.2rem; }
 .t2t-note, .t2t-error { margin: 0; font-size: .875rem; }
 .t2t-note { color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }

@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from launch.chat import look
 from launch.chat.answer import Answering, Settings, request_for
 from launch.chat.catalog import Catalog
 from launch.chat.client import ServerError
-from launch.chat.look import EMPTY, as_text, opened, said, turns
+from launch.chat.look import EMPTY, said, turns
 
 History = list[dict[str, str]]  # messages with `role`, `content` and the `mode` they were made in
 
@@ -33,7 +34,7 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
             with gr.Row(equal_height=True):
                 box = gr.Textbox(
                     label="Message", show_label=False, container=False, lines=1, max_lines=8, scale=8,
-                    placeholder="Message (Shift+Enter: new line)", autofocus=True,
+                    placeholder="Message", autofocus=True,
                     elem_id="t2t-box", min_width=180,
                 )  # fmt: skip
                 send = gr.Button("Send", variant="primary", scale=0, min_width=88, elem_id="t2t-send")
@@ -56,15 +57,15 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
             return
         path, body = request_for(mode, chosen, past, system, settings)
         working[session] = answering = Answering(server, path, body)
-        message, word = {"role": "assistant", "content": "", "mode": mode}, ""
-        yield {send: gr.Button(visible=False), stop: gr.Button(visible=True)}
+        word = ""
+        done = past[:-1] if mode == "complete" else past
+        yield {log: turns(done) if done else "", send: gr.Button(visible=False), stop: gr.Button(visible=True)}
         try:
             async for progress in answering.updates():
                 if working.get(session) is not answering:
                     return  # cleared meanwhile
                 word = said(progress.note())
-                begun = opened(message) + as_text(progress.text) if progress.text else ""
-                yield {live: begun, note: word}
+                yield {live: look.answer(past[-1], progress.text), note: word}
         except ServerError as error:
             word = said(str(error), error=True)
         finally:
@@ -72,7 +73,7 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
             if working.get(session) is answering:
                 del working[session]
         if text := answering.progress.text:
-            past = [*past, {**message, "content": text}]
+            past = [*past, {"role": "assistant", "content": text, "mode": mode}]
         yield {
             history: past, log: turns(past), live: "", note: word,
             send: gr.Button(visible=True), stop: gr.Button(visible=False),

@@ -20,7 +20,7 @@ from core.errors import UserError
 from launch.chat import client, tokens
 from launch.chat.answer import Answering, Progress, Settings, messages_of, request_for
 from launch.chat.catalog import Catalog
-from launch.chat.client import Server, ServerError, refusal
+from launch.chat.client import Model, Server, ServerError, refusal
 from launch.chat.look import as_text, turns
 
 ROOT = Path(__file__).parents[2]
@@ -129,29 +129,42 @@ def test_turns_alternate_in_a_request_and_completed_texts_are_not_in_it():
         {"role": "user", "content": "so?"},
     ]
     assert messages_of(history[:1], "  ") == [{"role": "user", "content": "unanswered"}]
-    path, body = request_for("complete", "m", history, "Be brief.", Settings(top_k=3, seed=0))
+    path, body = request_for("complete", Model("m", "vllm"), history, "Be brief.", Settings(top_k=3, seed=0))
     assert path == "completions" and body["prompt"] == "so?" and "messages" not in body
-    assert (body["top_k"], body["seed"]) == (3, 0)
-    path, body = request_for("chat", "m", history, "", Settings())
-    assert path == "chat/completions" and "top_k" not in body and "seed" not in body
+    assert (body["model"], body["top_k"], body["seed"]) == ("m", 3, 0)
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    path, body = request_for("chat", Model("m", "another"), history, "", Settings())
+    assert path == "chat/completions" and not {"top_k", "seed", "prompt"} & set(body)
+    assert body["stream_options"] == {"include_usage": True}
 
 
-def test_rates_count_from_the_first_token_and_take_the_servers_own_count():
+def _progress(*chunks: tuple[float, str, int | None], end: str | None = None) -> Progress:
     progress = Progress(started=10.0)
-    assert progress.note() == "Waiting for the first token …"
-    progress.add({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, 10.4)
-    for i, piece in enumerate("abc"):
-        progress.add({"choices": [{"delta": {"content": piece}, "finish_reason": None}]}, 10.5 + i)
-    assert (progress.text, progress.tokens, progress.tokens_per_second) == ("abc", 3, 1.0)
-    progress.add({"choices": [{"delta": {}, "finish_reason": "length"}]}, 13.0)
-    progress.add({"choices": [], "usage": {"completion_tokens": 5}}, 13.0)
-    assert progress.note() == "5 tokens · 2.0 tokens/s · first token after 0.50 s · cut at “Max new tokens”"
-    one = Progress(started=0.0)
-    one.add({"choices": [{"text": "x", "finish_reason": "stop"}]}, 0.25)
-    assert one.note() == "1 token · first token after 0.25 s"
-    nothing = Progress(started=0.0)
-    nothing.add({"choices": [{"text": "", "finish_reason": "stop"}]}, 0.25)
-    assert nothing.note() == "The model ended its answer at once."
+    for now, text, tokens in chunks:
+        usage = {"usage": {"completion_tokens": tokens}} if tokens is not None else {}
+        progress.add({"choices": [{"delta": {"content": text}, "finish_reason": None}], **usage}, now)
+    progress.add({"choices": [{"text": "", "finish_reason": end}]}, now)
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("chunks", "end", "note"),
+    [
+        ([(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)], None, "3 pieces · 1.0 pieces/s · first token after 0.50 s"),
+        ([(10.5, "ab", 2), (12.5, "cdef", 6)], "length", "6 tokens · 2.0 tokens/s · first token after 0.50 s · limit reached"),
+        ([(10.25, "x", 1)], "stop", "1 token · first token after 0.25 s"),
+        ([(10.25, "", None)], "stop", "The model ended its answer at once."),
+        ([(10.25, "", None)], None, "Waiting for the first token …"),
+    ],
+)  # fmt: skip
+def test_rates_count_from_the_first_token_and_take_the_servers_own_count(chunks, end, note):
+    assert _progress(*chunks, end=end).note() == note
+
+
+def test_a_count_that_comes_last_is_taken():
+    progress = _progress((10.5, "a", None), (12.5, "b", None))
+    progress.add({"choices": [], "usage": {"completion_tokens": 5}}, 12.5)
+    assert progress.note().startswith("5 tokens · 2.0 tokens/s")
 
 
 @contextlib.asynccontextmanager
@@ -213,7 +226,7 @@ def test_an_abandoned_answer_closes_the_connection():
     [
         ([STREAM, _event("one")], "one", "broke off before the answer was complete"),
         ([STREAM, _event("one"), b'data: {"error": {"message": "out of memory"}}\n\n'], "one", "It says: out of memory."),
-        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>hello</html>"], "", "broke off before"),
+        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>hello</html>"], "", "no OpenAI-compatible server"),
         ([STREAM, b"data: 12\n\n"], "", "no OpenAI-compatible server"),
         ([b"nonsense\r\n\r\n"], "", "broke off before"),
         ([b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n"], "", "refuses the key"),
@@ -241,7 +254,7 @@ def test_a_server_that_went_away_keeps_its_models_listed():
             catalog = Catalog([server])
             await catalog.refresh()
             assert catalog.names == ["a", "b"] and not catalog.troubles
-            assert catalog.find("b") == (server, "b")
+            assert catalog.find("b") == (server, Model("b"))
         catalog._asked = -math.inf
         await catalog.refresh()
         assert catalog.names == ["a", "b"]
