@@ -30,7 +30,7 @@ test-slow: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy core llm launch
+	$(VENV)/bin/mypy core llm export launch
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.dev

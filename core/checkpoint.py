@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,11 +31,15 @@ from core.files import sync_folder
 from core.run import RunFolder
 
 FORMAT = manifest.FORMAT
+_PIECE, _CHUNK = 4 << 20, 64 << 20  # bytes, see `layout`
 _log = logging.getLogger(__name__)
 
 
 class Checkpointer:
     """Saves the state of a run to `folder/STEP` and restores it; the newest `keep` checkpoints are kept.
+
+    So is one of step 0, which holds the weights that the run was imported with (`core.tensors`) and that
+    can't be made again.
 
     Nothing is created or removed before the first `save`, so a run that is still training can be read.
     With several processes each calls every method, on a folder that all of them see.
@@ -77,16 +82,20 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        trees = {"params": params, "opt": opt_state}
+        trees = {"params": (params, jax.tree.map(layout, params)), "opt": (opt_state, None)}
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
             # Orbax refuses an item without arrays, such as the state of plain SGD.
-            **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)},
+            **{
+                name: ocp.args.PyTreeSave(tree, save_args=where)
+                for name, (tree, where) in trees.items()
+                if jax.tree.leaves(tree)
+            },
         )
         with self._naming_disk_errors(step):
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_unfinished()
+                self.remove_unfinished()
                 self._set_aside_from(step)
             self._orbax.save(self._unfinished(step), args=items)
         self._saving = step, self._background.submit(self._finish, step, hold)
@@ -177,11 +186,10 @@ class Checkpointer:
     def _finish(self, step: int, hold: Sequence[int]) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
-            manifest.write(self._unfinished(step))
-            os.rename(self._unfinished(step), self.folder / str(step))
-            sync_folder(self.folder)
-            held = [max(early) for at in hold if (early := [old for old in self.steps() if old <= at])]
-            for old in self.steps()[: -self._keep]:
+            complete(self._unfinished(step), self.folder / str(step))
+            trained = [old for old in self.steps() if old > 0]
+            held = [max(early) for at in hold if (early := [old for old in trained if old <= at])]
+            for old in trained[: -self._keep]:
                 if old not in held[:1]:
                     self._delete(old)
 
@@ -190,7 +198,7 @@ class Checkpointer:
         os.rename(self.folder / str(step), condemned)  # so a kill never leaves half a checkpoint by its name
         shutil.rmtree(condemned)
 
-    def _remove_unfinished(self) -> None:
+    def remove_unfinished(self) -> None:
         for path in self.folder.iterdir():
             if re.fullmatch(r"\d+\.(saving.*|deleting)", path.name):
                 for _ in range(50):  # writes that a failed save left behind may still be putting files there
@@ -262,11 +270,11 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            number = _os_error_number(error)
+            number = os_error_number(error)
             if number is None:
                 raise
             if jax.process_index() == 0 and self.folder.is_dir():
-                self._remove_unfinished()
+                self.remove_unfinished()
             full = number in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full else os.strerror(number)
             remedy = "free some space" if full else "mend that"
@@ -276,6 +284,27 @@ class Checkpointer:
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; "
                 f"{rest}{remedy} and run the same command with --resume"
             ) from error
+
+
+def complete(unfinished: Path, folder: Path) -> None:
+    """Make a checkpoint of what was written to `unfinished`: with its checksums, and by one rename."""
+    manifest.write(unfinished)
+    os.rename(unfinished, folder)
+    sync_folder(folder.parent)
+
+
+def layout(leaf: Any) -> ocp.SaveArgs:
+    """How an array lies on the disk: in chunks, which are read whole.
+
+    Each step of a leading axis has chunks of its own where it holds more than `_PIECE` bytes: so layers and
+    experts can be read one by one. What is larger than `_CHUNK`, such as an embedding, is cut further. On
+    several devices each writes its part in such chunks.
+    """
+    size = leaf.dtype.itemsize
+    inner = [size * math.prod(leaf.shape[axis + 1 :]) for axis in range(len(leaf.shape))]
+    axes = tuple(axis for axis, held in enumerate(inner) if held > _PIECE)
+    large = axes or size * math.prod(leaf.shape) > _CHUNK
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=axes) if large else ocp.SaveArgs()
 
 
 def newest_params(run: RunFolder, target: Any) -> Any:
@@ -313,7 +342,8 @@ def _mute_orbax() -> None:
 _mute_orbax()
 
 
-def _os_error_number(error: BaseException) -> int | None:
+def os_error_number(error: BaseException) -> int | None:
+    """The system's number of an error of Python or TensorStore; None for another error."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os_error_code='(\d+)'", str(error))

@@ -2,9 +2,9 @@
 
 One compiled step draws the next tokens of every row of a `Ring`. Between steps a thread admits requests:
 a prompt is read alone, in pieces of at most PIECE tokens between which the others go on, and its keys and
-values are put into a free row. A row is free again as soon as its request has ended or was cancelled. The ring
-grows by doubling, in rows and in slots, up to `max_rows` and the model's context, and shrinks when that has
-been too much for a while; so it takes
+values are put into a free row. A row is free again as soon as its request has ended or was cancelled. The
+ring grows by doubling, in rows and in slots, up to `max_rows` and the model's context, and shrinks when that
+has been too much for a while; so it takes
 
     2 x layers x rows x slots x key-value heads x head dimension x bytes of a number
 
@@ -13,35 +13,32 @@ with rows and slots the next powers of two of what is in use.
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import os
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from core.errors import UserError
-from core.module import Blueprint, Params
-from llm.decode import cache_slots, compile_for, for_decoding, left_pad
-from llm.model.cache import Cache, Ring, empty_cache, empty_ring, in_order, into_ring, resize_ring
+from core.module import Params
+from llm.batching import STEPS, TOP, Drawn, Programs, Rows, compile_batching
+from llm.decode import cache_slots, left_pad
+from llm.model.cache import empty_cache, empty_ring
 from llm.model.config import ModelConfig
-from llm.model.layers import product
-from llm.model.transformer import Compute, Transformer
-from llm.sampling import RowSampling, Sampling, fold_in, sample_rows
+from llm.sampling import RowSampling, Sampling
 
 PIECE = 256  # tokens of a prompt that are read before the running rows go on
-STEPS = 8  # at most so many tokens of each row between two looks of the host
-TOP = 20  # likeliest tokens that are reported at most
+_LOOK_SECONDS = 0.03  # between two looks, if that is more than one step
 _PATIENCE = 64  # looks during which the ring is larger than needed before it shrinks
+
+GREEDY = Sampling()
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ class Request:
 
     prompt: list[int]
     max_new_tokens: int  # 0: only the prompt's log-probabilities
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     seed: int | None = None  # None: another one each time
     repeat: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -73,7 +70,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a request is told: new tokens, at first its prompt's too if asked for, and in the end why it ended.
+    """What a request is told: new tokens, at first its prompt's too if asked for, at last why it ended.
 
     `prompt` leaves out the first token, which nothing predicts. `finish` is None while there is more to come,
     "stop" after one of the stop tokens, "length" at `max_new_tokens`, "cancelled", or "error".
@@ -114,112 +111,6 @@ class Ticket:
         return len(self.request.prompt) + self.drawn - 1
 
 
-class Rows(NamedTuple):
-    """What a step has to know of each row."""
-
-    tokens: Any
-    positions: Any
-    active: Any
-    drawn: Any
-    keys: Any  # their data, [B, 2]
-    sampling: RowSampling
-
-
-class Drawn(NamedTuple):
-    """Tokens drawn, with a trailing axis for the likeliest in `top_*`."""
-
-    ids: Any
-    log_probabilities: Any
-    top_ids: Any
-    top_log_probabilities: Any
-
-
-class Programs(NamedTuple):
-    """The compiled functions of one model."""
-
-    prepare: Callable[[Params], Params]
-    key: Callable[..., jax.Array]
-    prefill: Callable[..., tuple[Cache, Drawn, Drawn]]
-    align: Callable[..., Any]
-    put: Callable[..., Ring]
-    resize: Callable[..., Ring]
-    step: Callable[..., tuple[Ring, Drawn]]
-
-
-@functools.cache
-def compile_engine(config: ModelConfig, dtype: str = "float32") -> Programs:
-    """The jitted functions of a model, made once, so that JAX finds what it has compiled before."""
-    compute = Compute(dtype)  # type: ignore[arg-type]
-    decoding = Blueprint.of(lambda rngs: for_decoding(Transformer(config, compute, rngs)))
-
-    def key(seed, number, repeat):
-        keys = jax.random.key(seed)[None]
-        for data in (number, repeat):
-            keys = fold_in(keys, data[None])
-        return jax.random.key_data(keys)[0]
-
-    def prefill(params, cache, tokens, segments, positions, targets, rows, wants_top, score):
-        model = decoding.bind(params)
-        output = model(tokens, positions, segments, cache)
-        drawn = _draw(model, output.hidden[:, -1:], rows, wants_top)
-        scores = Drawn(*[jnp.zeros(0)] * 4)
-        if score:
-            logits = product("bsd,vd->bsv", output.hidden, model.head_kernel, jnp.float32)[0]
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            total = jax.nn.logsumexp(logits, axis=-1)
-            scores = Drawn(targets, chosen - total, *_top(logits, total))
-        return output.cache, drawn, scores
-
-    def step(params, ring, rows, count, wants_top):
-        model = decoding.bind(params)
-
-        def body(carry):
-            i, ring, rows, out = carry
-            output = model(rows.tokens[:, None], rows.positions[:, None], None, ring)
-            new = _draw(model, output.hidden, rows, wants_top)
-            rows = rows._replace(
-                tokens=jnp.where(rows.active, new.ids, 0),
-                positions=rows.positions + rows.active,
-                drawn=rows.drawn + rows.active,
-            )
-            return i + 1, output.cache, rows, jax.tree.map(lambda all, one: all.at[i].set(one), out, new)
-
-        batch, top = len(rows.tokens), min(TOP, config.vocab_size)
-        shapes = [(STEPS, batch)] * 2 + [(STEPS, batch, top)] * 2
-        out = Drawn(*[jnp.zeros(s, t) for s, t in zip(shapes, [jnp.int32, jnp.float32] * 2, strict=True)])
-        _, ring, _, out = jax.lax.while_loop(lambda c: c[0] < count, body, (jnp.int32(0), ring, rows, out))
-        return ring, out
-
-    def resize(ring, rows, slots):
-        return resize_ring(ring, config.num_kv_heads, rows, slots)
-
-    return Programs(
-        compile_for(config, dtype).prepare,
-        jax.jit(key),
-        jax.jit(prefill, donate_argnums=1, static_argnames="score"),
-        jax.jit(in_order, static_argnums=2),
-        jax.jit(into_ring, donate_argnums=0),
-        jax.jit(resize, static_argnums=2),
-        jax.jit(step, donate_argnums=1),
-    )
-
-
-def _draw(model: Transformer, hidden, rows: Rows, wants_top) -> Drawn:
-    """The next token of each row, from its last hidden state."""
-    logits = product("bsd,vd->bsv", hidden, model.head_kernel, jnp.float32, weight_first=True)[:, 0]
-    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.drawn)
-    ids, log_probabilities = sample_rows(logits, keys, rows.sampling)
-    shape = (len(logits), min(TOP, logits.shape[1]))
-    none = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape))  # noqa: E731
-    some = lambda: _top(logits, jax.nn.logsumexp(logits, axis=-1))  # noqa: E731
-    return Drawn(ids, log_probabilities, *jax.lax.cond(wants_top, some, none))
-
-
-def _top(logits, total):
-    values, ids = jax.lax.top_k(logits, min(TOP, logits.shape[1]))
-    return ids, values - total[:, None]
-
-
 class Engine:
     """Serves requests with one model, in a thread of its own from `start` to `close`."""
 
@@ -235,14 +126,14 @@ class Engine:
         """Of a model's parameters, as training has them."""
         self.config, self.max_rows, self.max_waiting = config, max_rows, max_waiting
         self._dtype = dtype
-        self._programs = compile_engine(config, dtype)
+        self._programs = compile_batching(config, dtype)
         self._params = self._programs.prepare(params)
         self._ring = empty_ring(config, 1, self._slots_for(1), dtype)
         self._active: list[Ticket | None] = [None]
         self._waiting: deque[Ticket] = deque()
         self._reading: tuple[Ticket, Iterator[int]] | None = None
         self._changed = threading.Condition()
-        self._closing, self._roomy, self._tokens = False, 0, 0
+        self._closing, self._roomy, self._tokens, self._step_seconds = False, 0, 0, _LOOK_SECONDS
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -277,26 +168,27 @@ class Engine:
         return self._thread.is_alive()
 
     def status(self) -> Status:
-        running = sum(ticket is not None for ticket in self._active) + (self._reading is not None)
+        running = self._used + (self._reading is not None)
         return Status(running, len(self._waiting), len(self._active), self._ring.slots, self._tokens)
 
     def warm_up(self) -> None:
-        """Compile what requests of usual size need, before the thread starts. Others compile when they come."""
-        rows = 1
-        while True:
-            for _ in range(rows):
-                self.submit(Request([0], 2), lambda piece: None)
-            while self._busy():
-                self._turn()
-            if rows == self.max_rows:
-                break
+        """Compile what prompts of up to PIECE tokens and a ring of up to `max_rows` need, before `start`.
+
+        A prompt or a ring longer than that compiles its programs when it first comes.
+        """
+        rows, lengths = 1, [n for n in (16, 32, 64, 128, 256) if n + 2 <= self.config.max_length] or [1]
+        for count in [1, *lengths]:
+            self._run([Request([0] * count, 2)])
+        while rows < self.max_rows:
             rows = min(2 * rows, self.max_rows)
-        for length in (16, 32, 64, 128, 256):
-            if length + 2 <= self.config.max_length:
-                self.submit(Request([0] * length, 2), lambda piece: None)
-                while self._busy():
-                    self._turn()
+            self._run([Request([0], 2)] * rows)
+        self._run([Request([0], 1)])
         self._tokens = 0
+
+    def _run(self, requests: list[Request]) -> None:
+        self._waiting.extend(Ticket(request, lambda piece: None) for request in requests)
+        while self._busy():
+            self._turn()
 
     def _wake(self) -> None:
         with self._changed:
@@ -306,16 +198,28 @@ class Engine:
         return bool(self._waiting or self._reading or any(self._active))
 
     def _serve(self) -> None:
-        while True:
+        end = "error"
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception:
+                    _log.exception("a step failed: the requests in it end, the engine goes on")
+                    self._fail()
+            end = "cancelled"
+        finally:
             with self._changed:
-                while not (self._closing or self._busy()):
-                    self._changed.wait()
-            if self._closing:
-                break
-            self._turn()
-        for ticket in [*self._waiting, *self._active, *([self._reading[0]] if self._reading else [])]:
-            if ticket is not None:
-                _tell(ticket, Piece([], "cancelled"))
+                self._closing = True
+            self._fail(end)
+            for ticket in self._waiting:
+                _tell(ticket, Piece([], end))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False if that is to close."""
+        with self._changed:
+            while not (self._closing or self._busy()):
+                self._changed.wait()
+            return not self._closing
 
     def _turn(self) -> None:
         """Read some of the prompts that wait, then draw some tokens of each row."""
@@ -324,11 +228,7 @@ class Engine:
         while budget > 0 and (self._reading or self._begin_reading()):
             budget -= self._read_on()
         if any(self._active):
-            try:
-                self._decode()
-            except Exception:
-                _log.exception("a decoding step failed: its requests end, the engine goes on")
-                self._fail()
+            self._decode()
 
     def _drop_cancelled(self) -> None:
         for row, ticket in enumerate(self._active):
@@ -349,23 +249,31 @@ class Engine:
         assert ticket is not None
         _tell(ticket, piece)
 
-    def _fail(self) -> None:
+    def _fail(self, finish: str = "error") -> None:
         """End all rows, whose keys and values are lost with the ring that the step was given."""
+        if self._reading:
+            _tell(self._reading[0], Piece([], finish))
+            self._reading = None
         for row, ticket in enumerate(self._active):
             if ticket is not None:
-                self._end(row, Piece([], "error"))
+                self._end(row, Piece([], finish))
         self._ring = empty_ring(self.config, 1, self._slots_for(1), self._dtype)
-        self._active = [None]
+        self._active, self._roomy = [None], 0
 
     def _begin_reading(self) -> bool:
-        if sum(ticket is not None for ticket in self._active) >= self.max_rows:
+        if not self._can_begin():
             return False
         with self._changed:
-            if not self._waiting:
-                return False
             ticket = self._waiting.popleft()
         self._reading = ticket, self._read(ticket)
         return True
+
+    def _can_begin(self) -> bool:
+        return bool(self._waiting) and self._used < self.max_rows
+
+    @property
+    def _used(self) -> int:
+        return sum(ticket is not None for ticket in self._active)
 
     def _read_on(self) -> int:
         """Read the next piece of a prompt; the number of tokens it has, with padding."""
@@ -376,6 +284,8 @@ class Engine:
         except StopIteration:
             self._reading = None
         except Exception:
+            if self._ring.column.is_deleted():
+                raise  # with it the ring is lost
             _log.exception("reading a prompt of %d tokens failed", len(ticket.request.prompt))
             self._reading = None
             _tell(ticket, Piece([], "error"))
@@ -391,7 +301,7 @@ class Engine:
         positions = np.maximum(np.cumsum(segments) - 1, 0).astype(np.int32)
         targets = np.append(tokens[1:], 0).astype(np.int32)
         cache = empty_cache(self.config, 1, _power_of_two(padded), self._dtype)
-        rows, scores = _rows([ticket], 0), []
+        rows, scores = _rows([ticket]), []
         for start in range(0, padded, PIECE):
             piece = slice(start, start + PIECE)
             cache, drawn, score = self._programs.prefill(
@@ -408,9 +318,9 @@ class Engine:
             _tell(ticket, Piece([], "length", prompt))
             return
         (first,) = _tokens(jax.device_get(drawn), request.top)
-        piece = self._advance(ticket, [first])._replace(prompt=prompt)
-        _tell(ticket, piece)
-        if piece.finish is None:
+        answer = self._advance(ticket, [first])._replace(prompt=prompt)
+        _tell(ticket, answer)
+        if answer.finish is None:
             row = self._free_row(ticket.position + 1)
             k_v = self._programs.align(cache, self._ring.column, self._ring.slots)
             self._ring = self._programs.put(self._ring, np.int32(row), *k_v)
@@ -430,14 +340,17 @@ class Engine:
     def _decode(self) -> None:
         tickets = [ticket for ticket in self._active if ticket is not None]
         left = min(ticket.request.max_new_tokens - ticket.drawn for ticket in tickets)
-        count = min(STEPS, left)
+        # One step while others wait to be read; else as many as keep the host's share of the time small.
+        count = 1 if self._reading or self._can_begin() else int(_LOOK_SECONDS / self._step_seconds)
+        count = max(1, min(count, STEPS, left))
         self._fit(max(ticket.position for ticket in tickets) + count)
         wants_top = any(ticket.request.top for ticket in tickets)
-        rows = _rows(self._active, 0)
+        rows, started = _rows(self._active), time.perf_counter()
         self._ring, drawn = self._programs.step(
             self._params, self._ring, rows, np.int32(count), np.bool_(wants_top)
         )
         drawn = jax.device_get(drawn)
+        self._step_seconds = (time.perf_counter() - started) / count
         for row, ticket in enumerate(self._active):
             if ticket is not None:
                 own = jax.tree.map(lambda a, row=row: a[:count, row], drawn)
@@ -455,7 +368,7 @@ class Engine:
 
     def _free_row(self, length: int) -> int:
         """A row for one request more, of so many tokens now."""
-        used = sum(ticket is not None for ticket in self._active)
+        used = self._used
         rows, slots = len(self._active), max(self._ring.slots, self._slots_for(length))
         if used == rows:
             rows = self._rows_for(used + 1 + len(self._waiting))
@@ -464,8 +377,7 @@ class Engine:
 
     def _fit(self, length: int) -> None:
         """Grow the ring to `length` slots; shrink it if it has been too large for long."""
-        used = sum(ticket is not None for ticket in self._active)
-        rows, slots = self._rows_for(used), self._slots_for(length)
+        rows, slots = self._rows_for(self._used), self._slots_for(length)
         self._roomy = self._roomy + 1 if (rows < len(self._active) or slots < self._ring.slots) else 0
         if slots > self._ring.slots:
             self._resize(len(self._active), slots)
@@ -494,8 +406,8 @@ def _check(config: ModelConfig, request: Request) -> None:
     total = len(request.prompt) + request.max_new_tokens
     if total > config.max_length:
         raise UserError(
-            f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are {total}, more "
-            f"than the model's context of {config.max_length}: shorten the prompt or ask for fewer tokens"
+            f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones are {total}, "
+            f"more than the model's context of {config.max_length}: shorten the prompt or ask for fewer"
         )
 
 
@@ -506,7 +418,7 @@ def _key(programs: Programs, request: Request) -> np.ndarray:
     return np.asarray(programs.key(*(np.uint32(n) for n in (seed, number, request.repeat))))
 
 
-def _rows(tickets: list[Ticket | None], unused_key: int) -> Rows:
+def _rows(tickets: Sequence[Ticket | None]) -> Rows:
     count = len(tickets)
     ints = lambda: np.zeros(count, np.int32)  # noqa: E731
     sampling = RowSampling(np.zeros(count, np.float32), ints(), np.ones(count, np.float32))

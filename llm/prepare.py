@@ -168,13 +168,16 @@ def _count(folder: Path, split: str) -> int:
 def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer:
     options = experiment.tokenizer
     named = None if options.path is None else Tokenizer.load(options.path)
-    if experiment.init.source is not None:  # weights mean nothing under another vocabulary
-        own = RunFolder(experiment.run.folder)  # which needs the other no more once it has a checkpoint
-        run = own if own.has_checkpoint else RunFolder.open(Path(experiment.init.source))
+    own, source = RunFolder(experiment.run.folder), experiment.init.source
+    imported = (own.checkpoints / "0").exists()
+    if imported or source is not None:  # weights mean nothing under another vocabulary
+        # It needs the other no more once it has a checkpoint.
+        run = own if own.has_checkpoint or source is None else RunFolder.open(Path(source))
         theirs = Tokenizer.load(run.tokenizer)
         if named is not None and named.fingerprint != theirs.fingerprint:
+            whose = "the imported" if imported else "init.from's"
             raise UserError(
-                f"tokenizer.path: {named.path} is not the tokenizer of init.from's weights ({theirs.path}), "
+                f"tokenizer.path: {named.path} is not the tokenizer of {whose} weights ({theirs.path}), "
                 "to which its ids would mean something else: leave tokenizer.path out"
             )
         return theirs

@@ -61,7 +61,7 @@ def plan(
     Around the bad batches `options.skip` more are skipped, twice as many for each earlier rewind nearby: more
     must be bad than were passed over. The checkpoint is the newest from which all of these lie
     ahead; where none is kept from so far back, the oldest of which nothing bad is known; without one, the
-    run's start.
+    run's start, which of an imported run is a checkpoint too.
 
     Raises:
         UserError: when the run has been rewound as often as it may.
@@ -74,7 +74,7 @@ def plan(
     for rewind in before:
         if rewind.skipped[0] - options.skip <= last and first - options.skip <= rewind.skipped[1]:
             around *= 2
-    good = sorted(step for step in checkpoints if step <= alarm.good)
+    good = sorted(step for step in checkpoints if 0 < step <= alarm.good)
     early = [step for step in good if batch_of(step, skipped) <= first - around]
     restored = max(early) if early else min(good, default=0)
     span = max(first - around, batch_of(restored, skipped)), last + 1 + around

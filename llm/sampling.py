@@ -70,11 +70,11 @@ def sample(
 
 
 class RowSampling(NamedTuple):
-    """How a token is drawn for each row by itself: what `Sampling` says, with values for what is switched off."""
+    """How a token is drawn, for each row by itself: a `Sampling` with values for what is switched off."""
 
-    temperature: Float[Array, " B"]  # 0: greedy
-    top_k: Int[Array, " B"]  # 0: all tokens
-    top_p: Float[Array, " B"]  # 1: all tokens
+    temperature: Float[Array | np.ndarray, " B"]  # 0: greedy
+    top_k: Int[Array | np.ndarray, " B"]  # 0: all tokens
+    top_p: Float[Array | np.ndarray, " B"]  # 1: all tokens
 
 
 def sample_rows(

@@ -30,12 +30,16 @@ _log = logging.getLogger(__name__)
 def first_state(setup: Setup, checkpointer: Checkpointer) -> State:
     """The newest intact checkpoint's state; without one, that of step 0.
 
+    A checkpoint of step 0 holds the weights that the run was imported with, and was trained on nothing here.
+
     Raises:
         UserError: if the checkpoint was trained on another corpus or with another tokenizer, or passed over
             batches that the run's record doesn't name.
     """
     step = checkpointer.newest_intact()
-    if step is not None:
+    if step == 0:
+        _log.info("starting from the imported weights in %s", checkpointer.folder / "0")
+    elif step is not None:
         _require_same_text(checkpointer, step, setup.text)
         _require_record(checkpointer, step, setup.run)
         _log.info("resuming from step %d", step)
@@ -43,14 +47,19 @@ def first_state(setup: Setup, checkpointer: Checkpointer) -> State:
 
 
 def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
-    """The state that the checkpoint of `step` holds; at step 0, `init.from`'s weights or fresh ones."""
+    """The state that the checkpoint of `step` holds; at step 0 that of weights that were imported, of
+    `init.from`'s or of fresh ones.
+    """
     experiment, model, optimizer, mesh = setup.experiment, setup.model, setup.optimizer, setup.mesh
     train = experiment.train
     where = state_shardings(model, train, optimizer, mesh)
     if step == 0:
-        if experiment.init.source is None:
+        if 0 in checkpointer.steps():
+            params = checkpointer.restore_params(0, _targets(model.shapes, shardings(mesh, model.axes)))
+        elif experiment.init.source is None:
             return init_state(model, train, optimizer, mesh, experiment.seed)
-        params = load_params(RunFolder.open(Path(experiment.init.source)), experiment.model, model, mesh)
+        else:
+            params = load_params(RunFolder.open(Path(experiment.init.source)), experiment.model, model, mesh)
         make = functools.partial(first_step, train, optimizer)
         return jax.jit(make, out_shardings=where)(params)
     shapes = jax.eval_shape(functools.partial(first_step, train, optimizer), model.shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import time
@@ -120,9 +121,7 @@ class _Server:
                 async for part in request.stream():
                     body += part
                     if len(body) > self.limits.body_bytes:
-                        raise ApiError(
-                            f"the body is larger than {self.limits.body_bytes} bytes", status=413
-                        )
+                        raise ApiError(f"the body is larger than {self.limits.body_bytes} bytes", status=413)
         except TimeoutError:
             raise ApiError(
                 f"the body did not come within {self.limits.body_seconds:g} s", status=408
@@ -159,9 +158,13 @@ class _Server:
             top_k = None if ask.top_k <= 0 else min(ask.top_k, vocab)
             sampling = Sampling.of(ask.temperature, top_k, ask.top_p)
         end = [] if ask.ignore_eos else end_of_turn_ids(self.served.tokenizer)
-        top = (ask.top_logprobs if isinstance(ask, ChatAsk) else ask.logprobs) or 0
-        score = isinstance(ask, CompletionAsk) and ask.echo and ask.logprobs is not None
-        jobs, seen = [], []
+        top, score = 0, False
+        if isinstance(ask, ChatAsk):
+            top = ask.top_logprobs
+        elif isinstance(ask, CompletionAsk):
+            top, score = ask.logprobs or 0, ask.echo and ask.logprobs is not None
+        jobs: list[Job] = []
+        seen: list[list[int]] = []
         for prompt in prompts:
             count = self._room(ask, prompt)
             for _ in range(ask.n):
@@ -204,12 +207,12 @@ class _Server:
     def _submit(self, jobs: list[Job]) -> tuple[asyncio.Queue, list[Ticket]]:
         loop, pieces, tickets = asyncio.get_running_loop(), asyncio.Queue(), []  # type: ignore[var-annotated]
 
-        def deliver_to(index: int) -> Callable[[Piece], None]:
-            return lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, (index, piece)) and None
+        def deliver(index: int, piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
         try:
             for index, job in enumerate(jobs):
-                tickets.append(self.engine.submit(job, deliver_to(index)))
+                tickets.append(self.engine.submit(job, functools.partial(deliver, index)))
         except Busy:
             for ticket in tickets:
                 ticket.cancel()

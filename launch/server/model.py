@@ -38,9 +38,7 @@ class Served:
         experiment = load(Experiment, run.config)
         tokenizer = Tokenizer.load(run.tokenizer)
         params = newest_params(run, blueprint(experiment.model).shapes)
-        return cls(
-            name or folder.resolve().name, experiment.model, params, tokenizer, experiment.train.dtype
-        )
+        return cls(name or folder.resolve().name, experiment.model, params, tokenizer, experiment.train.dtype)
 
     @classmethod
     def of(cls, folder: Path, name: str | None = None) -> Served:

@@ -100,6 +100,8 @@ class CompletionAsk(Ask):
         if not isinstance(prompts, list) or not prompts:
             raise ValueError("give text, a list of texts, token ids, or a list of lists of them")
         if all(isinstance(prompt, str) for prompt in prompts):
+            if not all(prompts):
+                raise ValueError("a prompt is empty")
             return [_encodable(prompt) for prompt in prompts]
         if all(map(is_ids, prompts)):
             return prompts

@@ -97,9 +97,7 @@ def _server(served: Served, engine: Any, limits: Limits, api_key: str | None) ->
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "fastapi", "starlette"):
             raise
-        raise UserError(
-            f"serving needs the package '{error.name}': pip install -e '.[serve]'"
-        ) from None
+        raise UserError(f"serving needs the package '{error.name}': pip install -e '.[serve]'") from None
     return uvicorn.Server(
         uvicorn.Config(
             make_app(served, engine, limits, api_key),

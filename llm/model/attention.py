@@ -125,7 +125,8 @@ def attention(
 
     Query i stands at index `q_offset + i` of the T keys, in a document that begins at index `starts[:, i]`
     (`document_starts`); it sees the keys that `mask` leaves of this document, or of the row if `starts` is
-    None. Keys out of order have their indices in `k_indices`. For `ring` all arrays are in zigzag order, see `llm.model.ring`.
+    None. Keys out of order have their indices in `k_indices`. For `ring` all arrays are in zigzag order, see
+    `llm.model.ring`.
 
     Raises:
         ValueError: if `backend` can't honour the mask asked for.

@@ -34,9 +34,9 @@ class Ring(NamedTuple):
 
     All rows write into one slot, `column`, which moves on by one each step and from the last slot to the
     first; what a row wrote a step ago is one slot behind it, wherever the row began. So a step writes each
-    array in one piece, where slots of their own for each row would be a scatter. A token of a row's position p
-    sees the p slots behind it: what else they hold, of rows that ended, needs no clearing. A row must not
-    have more tokens than there are slots.
+    array in one piece, where slots of their own for each row would be a scatter. A token at position p of
+    its row sees the p slots behind it: the others, written by rows that ended, need no clearing. A row must
+    not have more tokens than there are slots.
     """
 
     k: tuple[Float[Array, "B*G T K"], ...]

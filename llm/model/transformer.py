@@ -163,10 +163,10 @@ class Transformer(nnx.Module):
     ) -> Output:
         """Hidden states after the final norm; tokens see only earlier ones of their own segment.
 
-        Without segment ids a row is one segment. With a `cache`, which needs them, the tokens are appended to
-        it, and the grown one is returned. To a `Ring` one token of each row is appended, and `positions` say how
-        many of the row it has: segment ids aren't needed. With `capture` the result's `aux` holds `attention`
-        [L, B, G, H/G, S, T] and `hidden` [L, B, S, D], each block's output.
+        Without segment ids a row is one segment. With a `Cache`, which needs them, the tokens are appended to
+        it, and the grown one is returned. To a `Ring` one token of each row is appended, of which `positions`
+        say how many the row has. With `capture` the result's `aux` holds `attention` [L, B, G, H/G, S, T] and
+        `hidden` [L, B, S, D], each block's output.
         """
         if cache is None:
             starts = None if segment_ids is None else document_starts(segment_ids)

@@ -1,0 +1,77 @@
+"""`python -m export.hf`: a run as a Hugging Face checkpoint, or such a checkpoint as a run.
+
+    python -m export.hf --run runs/quickstart --out exports/quickstart --verify
+    python -m export.hf --import FOLDER --out runs/imported
+
+What it writes is read by transformers, vLLM and others. docs/export.md has the families of models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from core import devices, errors, log
+from core.errors import UserError, run_command
+from core.run import RunFolder
+from export.read import import_run, read_config, read_params
+from export.write import NAMES, export_run
+
+__all__ = ["export_run", "import_run", "main", "read_config", "read_params"]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="FOLDER", help="export the newest checkpoint of this run")
+    what.add_argument(
+        "--import", type=Path, metavar="FOLDER", dest="source", help="make a run of this checkpoint"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=NAMES,
+        help="of the exported weights; default: float32, as they were trained; bfloat16 is half as large",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the logits of both models on PyTorch and JAX; exit 1 if two are more than 1e-4 apart",
+    )
+    args = parser.parse_args(argv)
+    if args.source is not None and args.dtype is not None:
+        raise UserError("--dtype is for an export: a run has float32 weights, which hold the others' values")
+    log.setup("llm", "export")
+    dtype = args.dtype or "float32"
+    if args.source is not None:
+        devices.prepare()
+        import_run(args.source, args.out)
+        run, folder = RunFolder.open(args.out), args.source
+    else:
+        run, folder = RunFolder.open(args.run), args.out
+        devices.prepare()
+        export_run(run, args.out, dtype)
+    if args.verify:
+        _verify(run, folder, dtype)
+
+
+def _verify(run: RunFolder, folder: Path, dtype: str) -> None:
+    from export.verify import LIMIT, verify
+
+    found = verify(run, folder, dtype)
+    rounded = "" if dtype == "float32" else f" of weights rounded to {dtype}"
+    print(
+        f"logits{rounded} in float32, {found.prompts} prompts of {found.tokens:,} tokens: largest difference "
+        f"{found.difference:.2e} (of logits up to {found.largest:.1f}), same likeliest token at "
+        f"{found.same_choice:.2%}"
+    )
+    if not found.difference <= LIMIT:  # also where it is NaN
+        errors.end(
+            1, f"{folder} is not the model of {run.path}: {found.difference:.2e} is more than {LIMIT:g}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
