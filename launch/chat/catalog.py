@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from launch.chat.client import Model, Server, ServerError, list_models
 
@@ -39,7 +39,7 @@ class Catalog:
     @property
     def names(self) -> list[str]:
         """What a reader chooses from: a model's name, with its server's place where there are several."""
-        return [self._name(server, model) for server in self._servers for model in self._models.get(server, ())]
+        return [self._name(server, model) for server, model in self._all()]
 
     @property
     def troubles(self) -> list[str]:
@@ -48,11 +48,15 @@ class Catalog:
 
     def find(self, name: str | None) -> tuple[Server, Model]:
         """The server and the model of a name. Raises `ServerError` where there is none of that name."""
-        for server, models in self._models.items():
-            for model in models:
-                if self._name(server, model) == name:
-                    return server, model
+        for server, model in self._all():
+            if self._name(server, model) == name:
+                return server, model
         raise ServerError(" ".join(self.troubles) or "Choose a model first.")
+
+    def _all(self) -> Iterator[tuple[Server, Model]]:
+        for server in self._servers:
+            for model in self._models.get(server, ()):
+                yield server, model
 
     def _name(self, server: Server, model: Model) -> str:
         return model.name if len(self._servers) == 1 else f"{model.name} @ {server.place}"

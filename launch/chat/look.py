@@ -71,7 +71,8 @@ def theme() -> Base:
 
 HEAD = '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
 
-# --p is a probability, --shade its place on the scale of colours. The log is turned over twice, by which browsers keep its end in view.
+# --p is a probability, --shade its place on the scale of colours. The log is a column from below, by which
+# browsers keep its end in view.
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; width: 100%; }
 .gradio-container main { width: 100%; padding: 0 !important; }
@@ -102,8 +103,13 @@ CSS = """
   padding: .5rem .8rem; border-left: 3px solid #d1495b; border-radius: 4px;
   background: color-mix(in srgb, #d1495b 12%, transparent); overflow-wrap: anywhere;
 }
-#t2t-box textarea { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem; }
-.t2t-text { font-family: var(--font-mono); font-size: .95rem; overflow-wrap: anywhere; }
+#t2t-box textarea {
+  border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem .8rem;
+}
+.t2t-text {
+  font-family: var(--font-mono); font-size: .95rem; overflow-wrap: anywhere;
+  padding-right: 13rem; /* room for the last token's card */
+}
 .t2t-token, .t2t-first {
   position: relative; display: inline-block; max-width: 100%; line-height: 1.5; padding: 0 .12em;
   margin: 0 1px 5px 0; border-radius: 3px; cursor: default;
@@ -115,7 +121,8 @@ CSS = """
 .t2t-token:hover, .t2t-token:focus { outline: 2px solid #2a78b5; }
 .t2t-card {
   display: none; position: absolute; left: 0; top: 100%; z-index: 20; width: 15rem; padding: .6rem .7rem;
-  font-size: .8rem; line-height: 1.5; color: var(--body-text-color); background: var(--background-fill-primary);
+  font-size: .8rem; line-height: 1.5; color: var(--body-text-color);
+  background: var(--background-fill-primary);
   border: 1px solid var(--border-color-primary); border-radius: 6px; box-shadow: 0 4px 16px #0003;
 }
 .t2t-token:hover .t2t-card, .t2t-token:focus .t2t-card { display: block; }
@@ -141,6 +148,7 @@ CSS = """
   #t2t-head > *, #t2t-note { flex: 1 0 100% !important; }
   #t2t-head h1 { margin: 0; }
   #t2t-log { height: calc(100dvh - 400px); }
+  .t2t-text { padding-right: 0; }
   .t2t-card { position: fixed; inset: auto 1rem 1rem 1rem; width: auto; }
 }
 """

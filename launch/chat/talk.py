@@ -59,7 +59,11 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
         working[session] = answering = Answering(server, path, body)
         word = ""
         done = past[:-1] if mode == "complete" else past
-        yield {log: turns(done) if done else "", send: gr.Button(visible=False), stop: gr.Button(visible=True)}
+        yield {
+            log: turns(done) if done else "",
+            send: gr.Button(visible=False),
+            stop: gr.Button(visible=True),
+        }
         try:
             async for progress in answering.updates():
                 if working.get(session) is not answering:

@@ -50,8 +50,15 @@ def reading_of(inspection: Inspection, tokenizer: Tokenizer) -> Reading:
 
 
 async def ask(server: Server, model: str, text: str) -> Reading:
-    """The reading by a server's model, which must echo prompts with log-probabilities. Raises `ServerError`."""
-    body = {"model": model, "prompt": text, "echo": True, "logprobs": SHOWN, "max_tokens": 1, "temperature": 0}
+    """The reading by a server's model. Raises `ServerError`, also where it can't echo a prompt's."""
+    body = {
+        "model": model,
+        "prompt": text,
+        "echo": True,
+        "logprobs": SHOWN,
+        "max_tokens": 1,
+        "temperature": 0,
+    }
     answer = await post(server, "completions", body)
     try:
         reading = _echoed(answer["choices"][0]["logprobs"])
@@ -121,8 +128,8 @@ def _token_html(token: Token) -> str:
         return f'<span class="t2t-first" title="the text begins here">{label}</span>{breaks}'
     said = f"{label}: {_percent(token.probability)}"
     card = f'<span class="t2t-card" role="tooltip"><b>{said}</b>{_bars_html(token.likeliest)}</span>'
-    shade = f"--shade:{_shade(token.probability):.2f}"
-    return f'<span class="t2t-token" tabindex="0" style="{shade}" aria-label="{said}">{label}{card}</span>{breaks}'
+    style = f'style="--shade:{_shade(token.probability):.2f}"'
+    return f'<span class="t2t-token" tabindex="0" {style} aria-label="{said}">{label}{card}</span>{breaks}'
 
 
 def _row_html(token: Token) -> str:

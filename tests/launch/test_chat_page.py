@@ -14,23 +14,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from playwright.sync_api import Page, expect, sync_playwright
 from processes import environment
 from tiny import copy_corpus, experiment
-
-pytestmark = pytest.mark.serve
-for _package in ("fastapi", "gradio", "httpx", "playwright"):
-    pytest.importorskip(_package, reason=f"the package {_package} is not installed (the extra `serve`)")
-
-import httpx
-from playwright.sync_api import Page, expect, sync_playwright
 
 from llm.loop import train
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("there is no browser: install chromium, or name one in $CHROMIUM", allow_module_level=True)
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(not CHROMIUM, reason="there is no browser: install chromium, or name it in $CHROMIUM"),
+]
 
 CONTEXT = 4096
 KEY = "right-key"
@@ -103,7 +100,7 @@ def server(made) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def command(made: Path, *arguments: str, key: str = KEY) -> Iterator[str]:
-    """`python -m launch.chat` as a user starts it; yields the page's address, and interrupts it at the end."""
+    """`python -m launch.chat` as a user starts it; yields the page's address, and ends it by Ctrl-C."""
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.chat", "--port", "0", *arguments],
         cwd=ROOT, env=environment(made / "jax", OPENAI_API_KEY=key), stdout=subprocess.PIPE, text=True,
@@ -139,7 +136,7 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, request) -> Iterator[Page]:
+def page(browser) -> Iterator[Page]:
     """An empty tab; at the end, no script may have failed and nothing been asked of another machine."""
     failed: list[str] = []
     context = browser.new_context(viewport={"width": 1280, "height": 800})
@@ -228,7 +225,9 @@ def test_a_chat_has_turns_and_a_system_prompt(page, by_url):
 
 
 def test_html_in_messages_stays_text(page, by_url):
-    hostile = "<img src=x onerror=\"window.hacked=1\"><script>window.hacked=1</script> {{value}} ${1+1} **b** `c`"
+    hostile = (
+        '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> {{value}} ${1+1} **b** `c`'
+    )
     for mode in ("Chat", "Complete the text"):
         go(page, by_url, mode)
         ask(page, hostile)

@@ -1,4 +1,4 @@
-"""What the chat page is made of, without a browser: sentences, requests, rates, coloured tokens, the command."""
+"""What the chat page is made of, without a browser: sentences, requests, rates, tokens, the command."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
-
-httpx = pytest.importorskip("httpx", reason="the chat page's package httpx is not installed")
 
 from core.errors import UserError
 from launch.chat import client, tokens
@@ -60,21 +59,34 @@ TOO_LONG = (
 )
 
 
+REFUSED = "The server at here:1 refuses the request."
+BAD_KEY = "The server at here:1 refuses the key: start this page with the right one (--api-key)."
+BUSY = "The server at here:1 has too much to do: try again"
+FAILED = "The server at here:1 failed at this request: its log says why."
+NOT_FOUND = "The server at here:1 doesn't offer this: look for a slip in the URL. It says: Not Found."
+LONG = (
+    "This is too long for the model's context: clear the chat, shorten the text, or lower “Max new tokens”. "
+    f"It says: {TOO_LONG}"
+)
+NO_MODEL = "The server at here:1 has no model m: choose another."
+TRACEBACK = 'Traceback (most recent call last):\n File "x.py"'
+
+
 @pytest.mark.parametrize(
     ("status", "body", "wait", "sentence"),
     [
-        (401, {"error": "Unauthorized"}, "", "The server at here:1 refuses the key: start this page with the right one (--api-key)."),
-        (401, {"error": {"message": "Incorrect API key provided: sk-abc"}}, "", "The server at here:1 refuses the key: start this page with the right one (--api-key)."),
-        (404, {"error": {"message": "The model `m` does not exist."}}, "", "The server at here:1 has no model m: choose another."),
-        (404, {"detail": "Not Found"}, "", "The server at here:1 doesn't offer this: look for a slip in the URL. It says: Not Found."),
-        (400, {"error": {"message": TOO_LONG}}, "", f"This is too long for the model's context: clear the chat, shorten the text, or lower “Max new tokens”. It says: {TOO_LONG}"),
-        (400, {"object": "error", "message": "top_k must be 0 or more"}, "", "The server at here:1 refuses the request. It says: top_k must be 0 or more."),
-        (422, {"detail": [{"loc": ["body"], "msg": "Field required"}]}, "", "The server at here:1 refuses the request. It says: Field required."),
-        (429, {"error": {"message": "Rate limit reached."}}, "12", "The server at here:1 has too much to do: try again in 12 seconds. It says: Rate limit reached."),
-        (503, {}, "", "The server at here:1 has too much to do: try again in a moment."),
-        (500, {"error": {"message": 'Traceback (most recent call last):\n File "x.py"'}}, "", "The server at here:1 failed at this request: its log says why."),
-        (500, {"error": {"message": "{'loc': 3}"}}, "", "The server at here:1 failed at this request: its log says why."),
-        (502, {}, "", "The server at here:1 failed at this request: its log says why."),
+        (401, {"error": "Unauthorized"}, "", BAD_KEY),
+        (401, {"error": {"message": "Incorrect API key provided: sk-abc"}}, "", BAD_KEY),
+        (404, {"error": {"message": "The model `m` does not exist."}}, "", NO_MODEL),
+        (404, {"detail": "Not Found"}, "", NOT_FOUND),
+        (400, {"error": {"message": TOO_LONG}}, "", LONG),
+        (400, {"object": "error", "message": "It is so."}, "", f"{REFUSED} It says: It is so."),
+        (422, {"detail": [{"loc": [], "msg": "Field required"}]}, "", f"{REFUSED} It says: Field required."),
+        (429, {"error": {"message": "Too many."}}, "12", f"{BUSY} in 12 seconds. It says: Too many."),
+        (503, {}, "", f"{BUSY} in a moment."),
+        (500, {"error": {"message": TRACEBACK}}, "", FAILED),
+        (500, {"error": {"message": "{'loc': 3}"}}, "", FAILED),
+        (502, {}, "", FAILED),
     ],
 )  # fmt: skip
 def test_a_refusal_reads_as_a_sentence(status, body, wait, sentence):
@@ -140,19 +152,22 @@ def test_turns_alternate_in_a_request_and_completed_texts_are_not_in_it():
 
 def _progress(*chunks: tuple[float, str, int | None], end: str | None = None) -> Progress:
     progress = Progress(started=10.0)
-    for now, text, tokens in chunks:
-        usage = {"usage": {"completion_tokens": tokens}} if tokens is not None else {}
-        progress.add({"choices": [{"delta": {"content": text}, "finish_reason": None}], **usage}, now)
+    for now, text, count in chunks:
+        usage = {"usage": {"completion_tokens": count}} if count is not None else {}
+        progress.add({"choices": [{"delta": {"content": text}}], **usage}, now)
     progress.add({"choices": [{"text": "", "finish_reason": end}]}, now)
     return progress
+
+
+HALF = "first token after 0.50 s"
 
 
 @pytest.mark.parametrize(
     ("chunks", "end", "note"),
     [
-        ([(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)], None, "3 pieces · 1.0 pieces/s · first token after 0.50 s"),
-        ([(10.5, "ab", 2), (12.5, "cdef", 6)], "length", "6 tokens · 2.0 tokens/s · first token after 0.50 s · limit reached"),
-        ([(10.25, "x", 1)], "stop", "1 token · first token after 0.25 s"),
+        ([(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)], None, f"3 pieces · 1.0 pieces/s · {HALF}"),
+        ([(10.5, "ab", 2), (12.5, "cd", 6)], "length", f"6 tokens · 2.0 tokens/s · {HALF} · limit reached"),
+        ([(10.5, "x", 1)], "stop", f"1 token · {HALF}"),
         ([(10.25, "", None)], "stop", "The model ended its answer at once."),
         ([(10.25, "", None)], None, "Waiting for the first token …"),
     ],
@@ -225,8 +240,8 @@ def test_an_abandoned_answer_closes_the_connection():
     ("writes", "text", "sentence"),
     [
         ([STREAM, _event("one")], "one", "broke off before the answer was complete"),
-        ([STREAM, _event("one"), b'data: {"error": {"message": "out of memory"}}\n\n'], "one", "It says: out of memory."),
-        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>hello</html>"], "", "no OpenAI-compatible server"),
+        ([STREAM, _event("one"), b'data: {"error": {"message": "no room"}}\n\n'], "one", "It says: no room."),
+        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>"], "", "no OpenAI-compatible server"),
         ([STREAM, b"data: 12\n\n"], "", "no OpenAI-compatible server"),
         ([b"nonsense\r\n\r\n"], "", "broke off before"),
         ([b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n"], "", "refuses the key"),
@@ -265,7 +280,7 @@ def test_a_server_that_went_away_keeps_its_models_listed():
     asyncio.run(go())
 
 
-HOSTILE = "<img src=x onerror=\"a()\"> & {{value}} ${1} `b` '"
+HOSTILE = '<img src=x onerror="a()"> & {{value}} ${1} `b` \''
 
 
 def test_nothing_of_html_or_of_gradios_templates_is_left_in_text():
@@ -304,7 +319,10 @@ def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
         np.zeros((1, 2), np.float32), letters, probabilities, -np.log(probabilities[:1, 1]),
     )  # fmt: skip
     reading = tokens.reading_of(inspection, Letters())
-    tops = [{chr(t): math.log(p) for t, p in zip(*row, strict=True)} for row in zip(letters, probabilities, strict=True)]  # fmt: skip
+    tops = [
+        {chr(t): math.log(p) for t, p in zip(*row, strict=True)}
+        for row in zip(letters, probabilities, strict=True)
+    ]
     echo = {
         "tokens": ["a", "c", "a"],
         "token_logprobs": [None, math.log(0.3), math.log(0.5)],
