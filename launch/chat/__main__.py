@@ -42,6 +42,10 @@ def main(argv: list[str]) -> None:
     from launch.chat.client import Server, is_loopback
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "--api-key: a key is made of letters, digits and signs of ASCII, which this one isn't"
+        )
     servers = [Server.of(url, key) for url in dict.fromkeys(args.urls)]
     with _bound(args.host, args.port) as listening, contextlib.ExitStack() as engines:
         inside, mode = None, "chat"

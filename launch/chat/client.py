@@ -229,7 +229,7 @@ def refusal(place: str, status: int, body: Mapping[str, Any], model: str, wait: 
         return f"The server at {place} has no model {model}: choose another."
     if status in (404, 405):
         return f"The server at {place} doesn't offer this: look for a slip in the URL.{_quoted(said)}"
-    if status == 413 or (status < 500 and "context" in lower and ("length" in lower or "tokens" in lower)):
+    if status == 413 or (status < 500 and _is_length(lower)):
         return (
             "This is too long for the model's context: clear the chat, shorten the text, or lower "
             f"“Max new tokens”.{_quoted(said)}"
@@ -240,6 +240,12 @@ def refusal(place: str, status: int, body: Mapping[str, Any], model: str, wait: 
     if status >= 500:
         return f"The server at {place} failed at this request: its log says why.{_quoted(said)}"
     return f"The server at {place} refuses the request.{_quoted(said)}"
+
+
+def _is_length(said: str) -> bool:
+    """Whether a refusal is about the context: OpenAI's words and ours, or vLLM's for too many new tokens."""
+    of_context = "context" in said and ("length" in said or "tokens" in said)
+    return of_context or "max_model_len" in said
 
 
 def _said(body: Mapping[str, Any]) -> str:

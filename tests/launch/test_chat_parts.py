@@ -59,6 +59,10 @@ TOO_LONG = (
 )
 
 
+TOO_MANY = (
+    "max_tokens=4000 cannot be greater than max_model_len=512. Please request fewer output tokens. "
+    "(parameter=max_tokens, value=4000)."
+)
 REFUSED = "The server at here:1 refuses the request."
 BAD_KEY = "The server at here:1 refuses the key: start this page with the right one (--api-key)."
 BUSY = "The server at here:1 has too much to do: try again"
@@ -80,6 +84,7 @@ TRACEBACK = 'Traceback (most recent call last):\n File "x.py"'
         (404, {"error": {"message": "The model `m` does not exist."}}, "", NO_MODEL),
         (404, {"detail": "Not Found"}, "", NOT_FOUND),
         (400, {"error": {"message": TOO_LONG}}, "", LONG),
+        (400, {"error": {"message": TOO_MANY}}, "", LONG.replace(TOO_LONG, TOO_MANY)),
         (400, {"object": "error", "message": "It is so."}, "", f"{REFUSED} It says: It is so."),
         (422, {"detail": [{"loc": [], "msg": "Field required"}]}, "", f"{REFUSED} It says: Field required."),
         (429, {"error": {"message": "Too many."}}, "12", f"{BUSY} in 12 seconds. It says: Too many."),
@@ -166,7 +171,7 @@ HALF = "first token after 0.50 s"
     ("chunks", "end", "note"),
     [
         ([(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)], None, f"3 pieces · 1.0 pieces/s · {HALF}"),
-        ([(10.5, "ab", 2), (12.5, "cd", 6)], "length", f"6 tokens · 2.0 tokens/s · {HALF} · limit reached"),
+        ([(10.5, "ab", 2), (12.5, "c", 6)], "length", f"6 tokens · 2.0 tokens/s · {HALF} · limit reached"),
         ([(10.5, "x", 1)], "stop", f"1 token · {HALF}"),
         ([(10.25, "", None)], "stop", "The model ended its answer at once."),
         ([(10.25, "", None)], None, "Waiting for the first token …"),
@@ -361,6 +366,7 @@ def test_mistakes_are_one_sentence(tmp_path):
             ([*url, "--port", port], f"port {port}: address already in use"),
             ([*url, "--port", "70000"], "--port 70000: choose one from 0"),
             ([*url, "--host", "no.such.host.invalid"], "no address is known by that name"),
+            ([*url, "--api-key", "clé"], "--api-key: a key is made of letters"),
             (["--run", str(tmp_path / "none"), "--port", "0"], "holds no run"),
         ):
             done = _run(*arguments)
