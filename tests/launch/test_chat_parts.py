@@ -170,13 +170,17 @@ HALF = "first token after 0.50 s"
 @pytest.mark.parametrize(
     ("chunks", "end", "note"),
     [
-        ([(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)], None, f"3 pieces · 1.0 pieces/s · {HALF}"),
+        (
+            [(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)],
+            None,
+            f"3 pieces · 1.0 pieces/s · {HALF}",
+        ),
         ([(10.5, "ab", 2), (12.5, "c", 6)], "length", f"6 tokens · 2.0 tokens/s · {HALF} · limit reached"),
         ([(10.5, "x", 1)], "stop", f"1 token · {HALF}"),
         ([(10.25, "", None)], "stop", "The model ended its answer at once."),
         ([(10.25, "", None)], None, "Waiting for the first token …"),
     ],
-)  # fmt: skip
+)
 def test_rates_count_from_the_first_token_and_take_the_servers_own_count(chunks, end, note):
     assert _progress(*chunks, end=end).note() == note
 
