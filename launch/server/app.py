@@ -106,7 +106,7 @@ class _Server:
         if self._key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "surrogateescape")
+        given = key.strip().encode("latin-1")  # as it came
         if scheme.lower() != "bearer" or not secrets.compare_digest(given, self._key):
             raise ApiError(
                 "this server needs its API key, as 'Authorization: Bearer KEY'",
