@@ -118,8 +118,8 @@ def vllm(python: Path, folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--enforce-eager",
-        "--dtype", "float32", "--port", str(port), "--served-model-name", "model", "--max-model-len", str(LENGTH),
-        "--no-enable-prefix-caching", "--host", "127.0.0.1",
+        "--dtype", "float32", "--port", str(port), "--served-model-name", "model", "--max-model-len",
+        str(LENGTH), "--no-enable-prefix-caching", "--host", "127.0.0.1",
     ]  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
@@ -181,8 +181,8 @@ def start_ours(folder: Path):
     from launch.server.model import Served
 
     served = Served.of(folder, "model")
-    url = running(served, limits=Limits(rows=32)).__enter__()  # until the process ends
-    return {"url": url, "name": "model"}, lambda: None
+    server = running(served, limits=Limits(rows=32))
+    return {"url": server.__enter__(), "name": "model"}, lambda: server  # kept until the process ends
 
 
 def start_transformers(folder: Path):

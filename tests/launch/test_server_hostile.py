@@ -47,7 +47,8 @@ WRONG: dict[str, list[Any]] = {
     "model": [1, [], "other", SURROGATE, "x" * 10_000],
     "prompt": [
         1, {}, True, "", [], [[]], ["", "fox"], [[], [1]], [-1], [320], [2**70], [1.0], [None],
-        ["fox", 1], [[1], "fox"], [[[1]]], SURROGATE, "a" + SURROGATE, [SURROGATE], [1] * 200, ["fox"] * 7, "fox " * 5_000,
+        ["fox", 1], [[1], "fox"], [[[1]]], SURROGATE, "a" + SURROGATE, [SURROGATE], [1] * 200, ["fox"] * 7,
+        "fox " * 5_000,
     ],
     "max_tokens": [-1, 0, 1.5, "8", [], 128, 10**9, 2**63, 10**400, True, 1e300],
     "temperature": [-0.1, "1", [], 101, 1e999, -1e999, True, 10**400],
@@ -89,7 +90,7 @@ MESSAGES: list[Any] = [
 ]  # fmt: skip
 BODIES = [
     b"", b" ", b"null", b"1", b'"prompt"', b"[]", b"true", b"{", b'{"prompt"', b'{"prompt":}',
-    b"{'prompt': 'x'}", b"NaN", b'{"prompt":"x","temperature":NaN}', b'{"prompt":"x","temperature":-Infinity}',
+    b"{'prompt': 'x'}", b"NaN", b'{"prompt":"x","top_p":NaN}', b'{"prompt":"x","top_p":-Infinity}',
     b"\xff\xfe", b"\x00", b'{"prompt":"\xff"}', b'{"prompt":"\xed\xa0\x80"}', b"\xef\xbb\xbf{}",
     DEEP.encode(), b'{"a":' * 9_000, b'{"prompt":' + DEEP.encode() + b"]" * 20_000 + b"}",
     b"9" * 20_000, b'{"prompt":"x","n":' + b"9" * 9_000 + b"}", b'{"prompt":"x","top_p":1e-99999}',
@@ -182,7 +183,7 @@ def raw(url: str, data: bytes, wait: float = 5) -> bytes:
         try:
             while part := connection.recv(65536):
                 answer += part
-                if b"\r\n\r\n" in answer and answer.endswith(b"}"):
+                if b'"error"' in answer and answer.endswith(b"}"):
                     break
         except (TimeoutError, ConnectionError):
             pass
@@ -219,6 +220,14 @@ def test_bad_http(url, data, statuses):
     answer = raw(url, data)
     line = answer.split(b"\r\n", 1)[0]
     assert any(line.startswith(b"HTTP/1.1 %d" % status) for status in statuses), answer[:300]
+
+
+def test_a_head_that_does_not_end(url):
+    """Of a first request, and of one that follows another."""
+    for before in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        started = time.monotonic()
+        raw(url, before + b"POST /v1/completions HTTP/1.1\r\nHost:", wait=10)
+        assert time.monotonic() - started < 6
 
 
 def test_connections_that_go_in_the_middle(url):

@@ -76,7 +76,7 @@ def alone(request: Request, config: ModelConfig = LLAMA) -> decode.Completion:
 
 
 def test_each_request_of_a_crowd_gets_what_it_gets_alone(served):
-    """More requests than rows, greedy and sampled, arriving while others run, through growing and shrinking."""
+    """More requests than rows, greedy and sampled, arriving while others run."""
     requests = [
         Request(prompt(length), 25 + 5 * i, SAMPLED if i % 2 else GREEDY, seed=3)
         for i, length in enumerate((5, 12, 1, 9, 16, 7))
