@@ -15,9 +15,11 @@ import langchain_openai
 import numpy as np
 import openai
 import pytest
+import transformers
 from tiny import random_params
 
 from core.errors import UserError
+from export.read import import_run
 from launch.server import Limits, running
 from launch.server.model import Served
 from launch.server.text import StopText
@@ -422,6 +424,20 @@ def test_closing_ends_streams(served, slow_steps):
     assert rest[-1]["error"]["message"] == "the server is shutting down"
 
 
-def test_a_run_is_served(tmp_path: Path):
+def test_what_is_served(tmp_path: Path, served):
+    """A Hugging Face folder, and the run that it is imported into; a folder that is neither is named."""
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=320, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=24, max_position_embeddings=128,
+        )
+    ).save_pretrained(tmp_path / "exported")  # fmt: skip
+    served.tokenizer.save(tmp_path / "exported")
+    theirs = Served.of(tmp_path / "exported")
+    import_run(tmp_path / "exported", tmp_path / "run")
+    ours = Served.of(tmp_path / "run", "my-model")
+    assert (theirs.name, ours.name) == ("exported", "my-model") and theirs.config == ours.config
+    assert theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint
+    assert jax.tree.all(jax.tree.map(np.array_equal, theirs.params, ours.params))
     with pytest.raises(UserError, match="nothing"):
         Served.of(tmp_path / "nothing")
