@@ -157,7 +157,7 @@ def over_http(url: str, name: str, prompts: list[list[int]], new_tokens: int) ->
                     if chunk["choices"]:
                         first = first or time.perf_counter()
                         text.append(chunk["choices"][0]["text"])
-                    if chunk["usage"]:
+                    if chunk.get("usage"):
                         count = chunk["usage"]["completion_tokens"]
         assert first is not None
         return first, count, "".join(text)
