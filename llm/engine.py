@@ -19,7 +19,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -131,7 +131,7 @@ class Engine:
         self._ring = empty_ring(config, 1, self._slots_for(1), dtype)
         self._active: list[Ticket | None] = [None]
         self._waiting: deque[Ticket] = deque()
-        self._reading: tuple[Ticket, Iterator[int]] | None = None
+        self._reading: tuple[Ticket, Generator[int, None, int]] | None = None
         self._changed = threading.Condition()
         self._closing, self._roomy, self._tokens, self._step_seconds = False, 0, 0, _LOOK_SECONDS
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -210,9 +210,10 @@ class Engine:
         finally:
             with self._changed:
                 self._closing = True
-            self._fail(end)
             for ticket in self._waiting:
                 _tell(ticket, Piece([], end))
+            self._waiting.clear()
+            self._fail(end)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to close."""
@@ -281,8 +282,9 @@ class Engine:
         ticket, pieces = self._reading
         try:
             return next(pieces)
-        except StopIteration:
+        except StopIteration as last:
             self._reading = None
+            return last.value
         except Exception:
             if self._ring.column.is_deleted():
                 raise  # with it the ring is lost
@@ -291,8 +293,11 @@ class Engine:
             _tell(ticket, Piece([], "error"))
         return 0
 
-    def _read(self, ticket: Ticket) -> Iterator[int]:
-        """Read a prompt in pieces, draw its first token, and give it a row if it has to go on."""
+    def _read(self, ticket: Ticket) -> Generator[int, None, int]:
+        """Read a prompt in pieces, draw its first token, and give it a row if it has to go on.
+
+        Yields the tokens of a piece, with padding, and returns those of the last.
+        """
         request = ticket.request
         length = len(request.prompt)
         ticket.key = _key(self._programs, request)
@@ -303,20 +308,21 @@ class Engine:
         cache = empty_cache(self.config, 1, _power_of_two(padded), self._dtype)
         rows, scores = _rows([ticket]), []
         for start in range(0, padded, PIECE):
+            if start:
+                yield PIECE
             piece = slice(start, start + PIECE)
             cache, drawn, score = self._programs.prefill(
                 self._params, cache, tokens[None, piece], segments[None, piece], positions[None, piece],
                 targets[piece], rows, request.top > 0, score=request.score_prompt,
             )  # fmt: skip
             scores.append(score)
-            yield min(padded, PIECE)
         prompt = None
         if request.score_prompt:
             fetched = jax.tree.map(lambda *a: np.concatenate(a), *jax.device_get(scores))
             prompt = _tokens(fetched, request.top)[padded - length : -1]
         if request.max_new_tokens == 0:
             _tell(ticket, Piece([], "length", prompt))
-            return
+            return min(padded, PIECE)
         (first,) = _tokens(jax.device_get(drawn), request.top)
         answer = self._advance(ticket, [first])._replace(prompt=prompt)
         _tell(ticket, answer)
@@ -325,6 +331,7 @@ class Engine:
             k_v = self._programs.align(cache, self._ring.column, self._ring.slots)
             self._ring = self._programs.put(self._ring, np.int32(row), *k_v)
             self._active[row] = ticket
+        return min(padded, PIECE)
 
     def _advance(self, ticket: Ticket, tokens: list[Token]) -> Piece:
         """Take tokens up to the request's end."""

@@ -15,14 +15,17 @@ import langchain_openai
 import numpy as np
 import openai
 import pytest
+import transformers
 from tiny import random_params
 
 from core.errors import UserError
+from export.read import import_run
 from launch.server import Limits, running
 from launch.server.model import Served
 from launch.server.text import StopText
 from llm import decode
 from llm.chat import encode_chat, end_of_turn_ids
+from llm.engine import Engine
 from llm.generate import encode_prompt, text_of
 from llm.model.config import ModelConfig
 from llm.sampling import Sampling, prompt_keys
@@ -30,7 +33,7 @@ from llm.tokenizer import Tokenizer, save, train_bpe
 
 CONFIG = ModelConfig(
     vocab_size=320, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
-    max_length=256,
+    max_length=128,
 )  # fmt: skip
 LIMITS = Limits(rows=2, waiting=8, choices=6, body_bytes=50_000)
 NAME = "tiny-model"
@@ -55,12 +58,24 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
 
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """A tiny model has answered before its client can go."""
+    turn = Engine._turn
+
+    def slowly(self):
+        time.sleep(0.05)
+        turn(self)
+
+    monkeypatch.setattr(Engine, "_turn", slowly)
+
+
 def drawn(served: Served, ids: list[int], count: int, stop=True, **sampling: Any) -> decode.Completion:
     """What `llm.generate` draws after a prompt."""
     keys = prompt_keys(jax.random.key(5), [ids])
     stops = end_of_turn_ids(served.tokenizer) if stop else ()
     return decode.generate(
-        CONFIG, served.params, [ids], keys, Sampling.of(**{"temperature": 0, **sampling}), count, stops
+        CONFIG, served.params, [ids], keys, Sampling.of(**{"temperature": 0.0, **sampling}), count, stops
     )[0]
 
 
@@ -70,7 +85,7 @@ def post(url: str, kind: str = "completions", **body: Any) -> httpx.Response:
 
 def test_models(client):
     (model,) = client.models.list().data
-    assert model.id == NAME and model.max_model_len == 256
+    assert model.id == NAME and model.max_model_len == 128
 
 
 def test_a_completion_is_what_generate_draws(client, served):
@@ -160,14 +175,14 @@ def test_echo_scores_the_prompt(url, served):
     assert choice["text"] == TEXT and answer["usage"]["completion_tokens"] == 0
     assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
     assert len(scores["tokens"]) == len(ids) and "".join(scores["tokens"][1:]) == TEXT
-    assert [TEXT[at:].startswith(t) for at, t in zip(scores["text_offset"], scores["tokens"])][1:] == [
-        True
-    ] * (len(ids) - 1)
-    for token, p, top in zip(*(scores[k][1:] for k in ("tokens", "token_logprobs", "top_logprobs"))):
-        assert top[token] == p and len(top) in (4, 5, 6) and all(p <= 0 for p in top.values())
+    for at, token in zip(scores["text_offset"][1:], scores["tokens"][1:], strict=True):
+        assert TEXT[at:].startswith(token)
+    columns = [scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs")]
+    for token, p, top in zip(*columns, strict=True):
+        assert top[token] == p and len(top) in (5, 6) and all(p <= 0 for p in top.values())
     one = post(url, prompt=TEXT, echo=True, logprobs=5, max_tokens=1, temperature=0).json()["choices"][0]
     assert one["text"].startswith(TEXT) and len(one["logprobs"]["tokens"]) == len(ids) + 1
-    assert one["logprobs"]["token_logprobs"][:-1] == pytest.approx(scores["token_logprobs"], rel=1e-4)
+    assert one["logprobs"]["token_logprobs"][1:-1] == pytest.approx(columns[1], rel=1e-4)
     plain = post(url, prompt=TEXT, echo=True, max_tokens=1, temperature=0).json()["choices"][0]
     assert plain["text"] == one["text"] and plain["logprobs"] is None
 
@@ -258,7 +273,7 @@ def test_lengths_by_default(url):
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"max_tokens": 255}, "max_tokens", "context is 256 tokens"),
+        ({"max_tokens": 127}, "max_tokens", "context is 128 tokens"),
         ({"n": 7}, "n", "at most 6"),
         ({"stop": list("abcde")}, "stop", "at most 4"),
         ({"stop": [""]}, "stop", "empty"),
@@ -269,7 +284,7 @@ def test_lengths_by_default(url):
         ({"prompt": [1, 320]}, "prompt", "outside 0 to 319"),
         ({"prompt": [1.5]}, "prompt", "give text"),
         ({"prompt": [True]}, "prompt", "give text"),
-        ({"prompt": [1] * 256}, "prompt", "context is 256 tokens"),
+        ({"prompt": [1] * 128}, "prompt", "context is 128 tokens"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
         ({"seed": 2**64}, "seed", "less than"),
@@ -319,11 +334,12 @@ def test_no_such_place(url):
         assert response.status_code in (404, 405) and response.json()["error"]["message"]
 
 
-def test_a_full_queue_is_told(served):
+def test_a_full_queue_is_told(served, slow_steps):
     """And when there is room again, requests are taken."""
     with running(served, limits=Limits(rows=1, waiting=1)) as url:
-        openings = [_open_stream(url) for _ in range(2)]
+        openings = [_open_stream(url)]
         next(openings[0][1])
+        openings.append(_open_stream(url))
         while httpx.get(f"{url}/health").json()["waiting"] < 1:
             time.sleep(0.01)
         refused = post(url, prompt="fox", max_tokens=1)
@@ -335,7 +351,7 @@ def test_a_full_queue_is_told(served):
         assert post(url, prompt="fox", max_tokens=1).status_code == 200
 
 
-def test_a_closed_connection_frees_its_slot(url):
+def test_a_closed_connection_frees_its_slot(url, slow_steps):
     """Of a stream, and of a client that waits for the whole answer."""
     for _ in range(3):
         response, lines = _open_stream(url)
@@ -348,7 +364,7 @@ def test_a_closed_connection_frees_its_slot(url):
     _wait_until_idle(url, tokens=200)
 
 
-LONG = {"prompt": "fox", "max_tokens": 250, "ignore_eos": True, "n": 2}
+LONG = {"prompt": "fox", "max_tokens": 120, "ignore_eos": True, "n": 2}
 
 
 def _open_stream(url: str):
@@ -371,7 +387,7 @@ def _wait_until_idle(url: str, tokens: float = math.inf) -> None:
         time.sleep(0.01)
 
 
-def test_an_answer_that_takes_too_long_is_cut_off(served):
+def test_an_answer_that_takes_too_long_is_cut_off(served, slow_steps):
     with running(served, limits=Limits(rows=1, request_seconds=0.05)) as url:
         response = post(url, **LONG)
         assert response.status_code == 504 and "longer than 0.05 s" in response.json()["error"]["message"]
@@ -395,12 +411,12 @@ def test_the_api_key(served):
 
 
 def test_a_taken_port_is_told(url, served):
-    with pytest.raises(UserError, match=r"can't listen at 127.0.0.1, port \d+.*choose another"):
-        with running(served, port=int(url.rsplit(":", 1)[1]), limits=LIMITS):
-            pass
+    again = running(served, port=int(url.rsplit(":", 1)[1]), limits=LIMITS)
+    with pytest.raises(UserError, match=r"can't listen at 127.0.0.1, port \d+.*choose another"), again:
+        pass
 
 
-def test_closing_ends_streams(served):
+def test_closing_ends_streams(served, slow_steps):
     with running(served, limits=LIMITS) as url:
         _, lines = _open_stream(url)
         next(lines)
@@ -408,6 +424,20 @@ def test_closing_ends_streams(served):
     assert rest[-1]["error"]["message"] == "the server is shutting down"
 
 
-def test_a_run_is_served(tmp_path: Path):
+def test_what_is_served(tmp_path: Path, served):
+    """A Hugging Face folder, and the run that it is imported into; a folder that is neither is named."""
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=320, num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=24, max_position_embeddings=128,
+        )
+    ).save_pretrained(tmp_path / "exported")  # fmt: skip
+    served.tokenizer.save(tmp_path / "exported")
+    theirs = Served.of(tmp_path / "exported")
+    import_run(tmp_path / "exported", tmp_path / "run")
+    ours = Served.of(tmp_path / "run", "my-model")
+    assert (theirs.name, ours.name) == ("exported", "my-model") and theirs.config == ours.config
+    assert theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint
+    assert jax.tree.all(jax.tree.map(np.array_equal, theirs.params, ours.params))
     with pytest.raises(UserError, match="nothing"):
         Served.of(tmp_path / "nothing")

@@ -76,9 +76,9 @@ def alone(request: Request, config: ModelConfig = LLAMA) -> decode.Completion:
 
 
 def test_each_request_of_a_crowd_gets_what_it_gets_alone(served):
-    """More requests than rows, greedy and sampled, arriving while others run, through growing and shrinking."""
+    """More requests than rows, greedy and sampled, arriving while others run."""
     requests = [
-        Request(prompt(length), 25 + 5 * i, SAMPLED if i % 2 else GREEDY, seed=3)
+        Request(prompt(length), 25 + 4 * i, SAMPLED if i % 2 else GREEDY, seed=3)
         for i, length in enumerate((5, 12, 1, 9, 16, 7))
     ]
     clients = []
@@ -112,9 +112,16 @@ def test_other_shapes_too(change):
     own.close()
 
 
-def test_a_prompt_of_several_pieces_and_a_ring_that_turns(served):
-    """The prompt is read in two pieces; the others' tokens then pass the ring's last slot."""
-    long, short = Request(prompt(270), 50), Request(prompt(4), 300)
+def test_a_ring_that_turns(served):
+    """Two requests after each other take more steps than the ring has slots."""
+    request = Request(prompt(4), 100)
+    assert [Client(served, request).ids() for _ in range(2)] == [alone(request).token_ids] * 2
+    assert served.status().slots == 128
+
+
+def test_a_prompt_of_several_pieces(served):
+    """Read while another request runs, for which the ring grows."""
+    long, short = Request(prompt(270), 30), Request(prompt(4), 100)
     clients = [Client(served, request) for request in (short, long, long)]
     assert [client.ids() for client in clients] == [alone(r).token_ids for r in (short, long, long)]
 
