@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -153,18 +153,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-class _telling:
+@contextmanager
+def _telling(server: Server) -> Iterator[None]:
     """Turns httpx's failures into `ServerError`s."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)):
-            raise ServerError(failure(self._server.place, error)) from None
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        raise ServerError(failure(server.place, error)) from None
 
 
 def failure(place: str, error: Exception) -> str:

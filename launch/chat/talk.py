@@ -34,8 +34,7 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
             with gr.Row(equal_height=True):
                 box = gr.Textbox(
                     label="Message", show_label=False, container=False, lines=1, max_lines=8, scale=8,
-                    placeholder="Message", autofocus=True,
-                    elem_id="t2t-box", min_width=180,
+                    placeholder="Message", autofocus=True, elem_id="t2t-box", min_width=180,
                 )  # fmt: skip
                 send = gr.Button("Send", variant="primary", scale=0, min_width=88, elem_id="t2t-send")
                 stop = gr.Button(
@@ -71,6 +70,8 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
                 word = said(progress.note())
                 yield {live: look.answer(past[-1], progress.text), note: word}
         except ServerError as error:
+            if working.get(session) is not answering:
+                return
             word = said(str(error), error=True)
         finally:
             answering.stop()
