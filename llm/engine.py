@@ -13,33 +13,28 @@ with rows and slots the next powers of two of what is in use.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from core.errors import UserError
-from core.module import Blueprint, Params
-from llm.decode import cache_slots, compile_for, for_decoding, left_pad
-from llm.model.cache import Cache, Ring, empty_cache, empty_ring, in_order, into_ring, resize_ring
+from core.module import Params
+from llm.batching import STEPS, TOP, Drawn, Programs, Rows, compile_batching
+from llm.decode import cache_slots, left_pad
+from llm.model.cache import empty_cache, empty_ring
 from llm.model.config import ModelConfig
-from llm.model.layers import product
-from llm.model.transformer import Compute, Transformer
-from llm.sampling import RowSampling, Sampling, fold_in, sample_rows
+from llm.sampling import RowSampling, Sampling
 
 PIECE = 256  # tokens of a prompt that are read before the running rows go on
-STEPS = 8  # tokens of each row between two looks of the host, at most
-TOP = 20  # likeliest tokens that are reported at most
 _LOOK_SECONDS = 0.03  # between two looks, if that is more than one step
 _PATIENCE = 64  # looks during which the ring is larger than needed before it shrinks
 
@@ -116,112 +111,6 @@ class Ticket:
         return len(self.request.prompt) + self.drawn - 1
 
 
-class Rows(NamedTuple):
-    """What a step has to know of each row."""
-
-    tokens: Any
-    positions: Any
-    active: Any
-    drawn: Any
-    keys: Any  # their data, [B, 2]
-    sampling: RowSampling
-
-
-class Drawn(NamedTuple):
-    """Tokens drawn, with a trailing axis for the likeliest in `top_*`."""
-
-    ids: Any
-    log_probabilities: Any
-    top_ids: Any
-    top_log_probabilities: Any
-
-
-class Programs(NamedTuple):
-    """The compiled functions of one model."""
-
-    prepare: Callable[[Params], Params]
-    key: Callable[..., jax.Array]
-    prefill: Callable[..., tuple[Cache, Drawn, Drawn]]
-    align: Callable[..., Any]
-    put: Callable[..., Ring]
-    resize: Callable[..., Ring]
-    step: Callable[..., tuple[Ring, Drawn]]
-
-
-@functools.cache
-def compile_engine(config: ModelConfig, dtype: str = "float32") -> Programs:
-    """The jitted functions of a model, made once, so that JAX finds what it has compiled before."""
-    compute = Compute(dtype)  # type: ignore[arg-type]
-    decoding = Blueprint.of(lambda rngs: for_decoding(Transformer(config, compute, rngs)))
-
-    def key(seed, number, repeat):
-        keys = jax.random.key(seed)[None]
-        for data in (number, repeat):
-            keys = fold_in(keys, data[None])
-        return jax.random.key_data(keys)[0]
-
-    def prefill(params, cache, tokens, segments, positions, targets, rows, wants_top, score):
-        model = decoding.bind(params)
-        output = model(tokens, positions, segments, cache)
-        drawn = _draw(model, output.hidden[:, -1:], rows, wants_top)
-        scores = Drawn(*[jnp.zeros(0)] * 4)
-        if score:
-            logits = product("bsd,vd->bsv", output.hidden, model.head_kernel, jnp.float32)[0]
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            total = jax.nn.logsumexp(logits, axis=-1)
-            scores = Drawn(targets, chosen - total, *_top(logits, total))
-        return output.cache, drawn, scores
-
-    def step(params, ring, rows, count, wants_top):
-        model = decoding.bind(params)
-
-        def body(carry):
-            i, ring, rows, out = carry
-            output = model(rows.tokens[:, None], rows.positions[:, None], None, ring)
-            new = _draw(model, output.hidden, rows, wants_top)
-            rows = rows._replace(
-                tokens=jnp.where(rows.active, new.ids, 0),
-                positions=rows.positions + rows.active,
-                drawn=rows.drawn + rows.active,
-            )
-            return i + 1, output.cache, rows, jax.tree.map(lambda all, one: all.at[i].set(one), out, new)
-
-        batch, top = len(rows.tokens), min(TOP, config.vocab_size)
-        shapes = [(STEPS, batch)] * 2 + [(STEPS, batch, top)] * 2
-        out = Drawn(*[jnp.zeros(s, t) for s, t in zip(shapes, [jnp.int32, jnp.float32] * 2, strict=True)])
-        _, ring, _, out = jax.lax.while_loop(lambda c: c[0] < count, body, (jnp.int32(0), ring, rows, out))
-        return ring, out
-
-    def resize(ring, rows, slots):
-        return resize_ring(ring, config.num_kv_heads, rows, slots)
-
-    return Programs(
-        compile_for(config, dtype).prepare,
-        jax.jit(key),
-        jax.jit(prefill, donate_argnums=1, static_argnames="score"),
-        jax.jit(in_order, static_argnums=2),
-        jax.jit(into_ring, donate_argnums=0),
-        jax.jit(resize, static_argnums=2),
-        jax.jit(step, donate_argnums=1),
-    )
-
-
-def _draw(model: Transformer, hidden, rows: Rows, wants_top) -> Drawn:
-    """The next token of each row, from its last hidden state."""
-    logits = product("bsd,vd->bsv", hidden, model.head_kernel, jnp.float32, weight_first=True)[:, 0]
-    keys = fold_in(jax.random.wrap_key_data(rows.keys), rows.drawn)
-    ids, log_probabilities = sample_rows(logits, keys, rows.sampling)
-    shape = (len(logits), min(TOP, logits.shape[1]))
-    none = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape))  # noqa: E731
-    some = lambda: _top(logits, jax.nn.logsumexp(logits, axis=-1))  # noqa: E731
-    return Drawn(ids, log_probabilities, *jax.lax.cond(wants_top, some, none))
-
-
-def _top(logits, total):
-    values, ids = jax.lax.top_k(logits, min(TOP, logits.shape[1]))
-    return ids, values - total[:, None]
-
-
 class Engine:
     """Serves requests with one model, in a thread of its own from `start` to `close`."""
 
@@ -237,12 +126,12 @@ class Engine:
         """Of a model's parameters, as training has them."""
         self.config, self.max_rows, self.max_waiting = config, max_rows, max_waiting
         self._dtype = dtype
-        self._programs = compile_engine(config, dtype)
+        self._programs = compile_batching(config, dtype)
         self._params = self._programs.prepare(params)
         self._ring = empty_ring(config, 1, self._slots_for(1), dtype)
         self._active: list[Ticket | None] = [None]
         self._waiting: deque[Ticket] = deque()
-        self._reading: tuple[Ticket, Iterator[int]] | None = None
+        self._reading: tuple[Ticket, Generator[int, None, int]] | None = None
         self._changed = threading.Condition()
         self._closing, self._roomy, self._tokens, self._step_seconds = False, 0, 0, _LOOK_SECONDS
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -321,9 +210,10 @@ class Engine:
         finally:
             with self._changed:
                 self._closing = True
-            self._fail(end)
             for ticket in self._waiting:
                 _tell(ticket, Piece([], end))
+            self._waiting.clear()
+            self._fail(end)
 
     def _wait(self) -> bool:
         """Until there is something to do; False if that is to close."""
@@ -392,8 +282,9 @@ class Engine:
         ticket, pieces = self._reading
         try:
             return next(pieces)
-        except StopIteration:
+        except StopIteration as last:
             self._reading = None
+            return last.value
         except Exception:
             if self._ring.column.is_deleted():
                 raise  # with it the ring is lost
@@ -402,8 +293,11 @@ class Engine:
             _tell(ticket, Piece([], "error"))
         return 0
 
-    def _read(self, ticket: Ticket) -> Iterator[int]:
-        """Read a prompt in pieces, draw its first token, and give it a row if it has to go on."""
+    def _read(self, ticket: Ticket) -> Generator[int, None, int]:
+        """Read a prompt in pieces, draw its first token, and give it a row if it has to go on.
+
+        Yields the tokens of a piece, with padding, and returns those of the last.
+        """
         request = ticket.request
         length = len(request.prompt)
         ticket.key = _key(self._programs, request)
@@ -414,20 +308,21 @@ class Engine:
         cache = empty_cache(self.config, 1, _power_of_two(padded), self._dtype)
         rows, scores = _rows([ticket]), []
         for start in range(0, padded, PIECE):
+            if start:
+                yield PIECE
             piece = slice(start, start + PIECE)
             cache, drawn, score = self._programs.prefill(
                 self._params, cache, tokens[None, piece], segments[None, piece], positions[None, piece],
                 targets[piece], rows, request.top > 0, score=request.score_prompt,
             )  # fmt: skip
             scores.append(score)
-            yield min(padded, PIECE)
         prompt = None
         if request.score_prompt:
             fetched = jax.tree.map(lambda *a: np.concatenate(a), *jax.device_get(scores))
             prompt = _tokens(fetched, request.top)[padded - length : -1]
         if request.max_new_tokens == 0:
             _tell(ticket, Piece([], "length", prompt))
-            return
+            return min(padded, PIECE)
         (first,) = _tokens(jax.device_get(drawn), request.top)
         answer = self._advance(ticket, [first])._replace(prompt=prompt)
         _tell(ticket, answer)
@@ -436,6 +331,7 @@ class Engine:
             k_v = self._programs.align(cache, self._ring.column, self._ring.slots)
             self._ring = self._programs.put(self._ring, np.int32(row), *k_v)
             self._active[row] = ticket
+        return min(padded, PIECE)
 
     def _advance(self, ticket: Ticket, tokens: list[Token]) -> Piece:
         """Take tokens up to the request's end."""

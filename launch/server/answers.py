@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from launch.server.model import Served
 from launch.server.protocol import Ask, ChatAsk, CompletionAsk
-from launch.server.text import Choice, TokenNames
+from launch.server.text import Choice, Places, TokenNames
 from llm.engine import Piece, Token
 from llm.generate import text_of
 
@@ -40,14 +40,14 @@ class Answer:
     def add(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Take a piece; the chunk that it makes, or None if there is nothing new to see."""
         choice = self.choices[index]
-        start, before = len(self.texts[index]), self._begin(index, piece)
+        before = self._begin(index, piece)
         text, tokens = choice.add(piece)
         text, shown = before[0] + text, [*before[1], *tokens]
         self.texts[index] += text
         self.tokens[index] += shown
         if not self.ask.stream or not (text or choice.finish or (shown and self._wants_logprobs)):
             return None
-        return self._chunk([self._part(index, text, shown, start)])
+        return self._chunk([self._part(index, text, shown)])
 
     def opening(self) -> Iterator[dict[str, Any]]:
         return iter(())
@@ -67,7 +67,8 @@ class Answer:
 
     @property
     def _wants_logprobs(self) -> bool:
-        return self.ask.logprobs not in (None, False)  # type: ignore[attr-defined]
+        asked = self.ask.logprobs  # type: ignore[attr-defined]
+        return asked is not None and asked is not False  # 0 asks for those of the tokens drawn
 
     def _envelope(self, kind: int) -> dict[str, Any]:
         return {
@@ -78,14 +79,16 @@ class Answer:
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.ask.include_usage else {}
-        return self._envelope(1) | {"choices": choices} | usage
+        if not self.ask.include_usage:
+            return self._envelope(1) | {"choices": choices}
+        so_far = self.usage() if self.ask.stream_options.continuous_usage_stats else None  # type: ignore[union-attr]
+        return self._envelope(1) | {"choices": choices, "usage": so_far}
 
     def _begin(self, index: int, piece: Piece) -> tuple[str, list[Token | int]]:
         """Text and tokens that come before those drawn."""
         return "", []
 
-    def _part(self, index: int, text: str, tokens: list[Token | int], start: int) -> dict[str, Any]:
+    def _part(self, index: int, text: str, tokens: list[Token | int]) -> dict[str, Any]:
         raise NotImplementedError
 
     def _choice(self, index: int) -> dict[str, Any]:
@@ -96,6 +99,10 @@ class CompletionAnswer(Answer):
     prefix, kinds = "cmpl", ("text_completion", "text_completion")
     ask: CompletionAsk
 
+    def __init__(self, served: Served, ask: Ask, prompts: list[Prompt]):
+        super().__init__(served, ask, prompts)
+        self._places = [Places(served.tokenizer) for _ in self.choices]
+
     def _begin(self, index: int, piece: Piece) -> tuple[str, list[Token | int]]:
         if not self.ask.echo or self.choices[index].count or self.texts[index]:
             return "", []
@@ -103,13 +110,13 @@ class CompletionAnswer(Answer):
         text = text_of(self.served.tokenizer, prompt.ids) if prompt.text is None else prompt.text
         return text, [] if piece.prompt is None else [prompt.ids[0], *piece.prompt]
 
-    def _part(self, index: int, text: str, tokens: list[Token | int], start: int) -> dict[str, Any]:
-        logprobs = self.names.completion(tokens, start) if self._wants_logprobs else None
+    def _part(self, index: int, text: str, tokens: list[Token | int]) -> dict[str, Any]:
+        logprobs = self.names.completion(tokens, self._places[index]) if self._wants_logprobs else None
         finish = self.choices[index].finish
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _choice(self, index: int) -> dict[str, Any]:
-        return self._part(index, self.texts[index], self.tokens[index], 0)
+        return self._part(index, self.texts[index], self.tokens[index])
 
 
 class ChatAnswer(Answer):
@@ -121,7 +128,7 @@ class ChatAnswer(Answer):
             delta = {"role": "assistant", "content": ""}
             yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
-    def _part(self, index: int, text: str, tokens: list[Token | int], start: int) -> dict[str, Any]:
+    def _part(self, index: int, text: str, tokens: list[Token | int]) -> dict[str, Any]:
         delta = {"content": text} if text else {}
         return {"index": index, "delta": delta} | self._rest(index, tokens)
 

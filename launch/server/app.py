@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +17,7 @@ from starlette.exceptions import HTTPException
 from core.errors import UserError
 from launch.server.answers import Answer, ChatAnswer, CompletionAnswer, Prompt
 from launch.server.errors import ApiError
-from launch.server.events import Events
+from launch.server.events import Events, while_connected
 from launch.server.limits import Limits
 from launch.server.model import Served
 from launch.server.protocol import Ask, ChatAsk, CompletionAsk, read
@@ -98,7 +97,7 @@ class _Server:
         if ask.stream:
             return Events(_streamed(answer, pieces, tickets), cancel, seconds)
         try:
-            return JSONResponse(await _while_connected(request, _whole(answer, pieces, tickets), seconds))
+            return JSONResponse(await while_connected(request, _whole(answer, pieces, tickets), seconds))
         finally:
             cancel()
 
@@ -106,7 +105,7 @@ class _Server:
         if self._key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "surrogateescape")
+        given = key.strip().encode("latin-1")  # as it came
         if scheme.lower() != "bearer" or not secrets.compare_digest(given, self._key):
             raise ApiError(
                 "this server needs its API key, as 'Authorization: Bearer KEY'",
@@ -260,29 +259,6 @@ async def _streamed(
             yield chunk
     except ApiError as error:
         yield error.body
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
-    """The result of `work`, which ends when the client goes or the time is up."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if gone.done():
-            raise ApiError("the client has gone", status=499)
-        raise ApiError(f"the answer took longer than {seconds:g} s", status=504, code="timeout")
-    finally:
-        for one in (task, gone):
-            one.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await one
-
-
-async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

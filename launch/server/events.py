@@ -1,14 +1,17 @@
-"""Server-sent events, for as long as the client listens and no longer than it may take."""
+"""Answers for as long as the client listens and no longer than they may take; server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import Response
+
+from launch.server.errors import ApiError
 
 
 class Events(Response):
@@ -35,10 +38,7 @@ class Events(Response):
             await asyncio.wait({pump, gone}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.ended()
-            for task in (pump, gone):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+            await _end(pump, gone)
 
     async def _pump(self, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -51,6 +51,32 @@ class Events(Response):
         await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _disconnected(receive) -> None:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """The result of `work`, which ends when the client goes or the time is up.
+
+    Raises:
+        ApiError: in both cases; the first reaches nobody.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ApiError("the client has gone", status=499)
+        raise ApiError(f"the answer took longer than {seconds:g} s", status=504, code="timeout")
+    finally:
+        await _end(task, gone)
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _end(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

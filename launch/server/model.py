@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import load
-from core.errors import UserError
 from core.module import Params
 from core.run import RunFolder
 from llm.config import Experiment
@@ -45,8 +44,13 @@ class Served:
         """A run's model or, where there is a `config.json`, an exported one.
 
         Raises:
-            UserError: if the folder is neither.
+            UserError: if the folder is neither, or what it holds is not supported.
         """
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder} is a Hugging Face checkpoint: import it into a run, and serve that")
-        return cls.of_run(folder, name)
+        if not (folder / "config.json").exists():
+            return cls.of_run(folder, name)
+        from export.read import read_config, read_params
+        from llm.model.transformer import blueprint
+
+        config = read_config(folder)
+        params = read_params(folder, blueprint(config).shapes)
+        return cls(name or folder.resolve().name, config, params, Tokenizer.load(folder))

@@ -46,6 +46,7 @@ def _encodable(text: str) -> str:
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # of vLLM's: the usage so far in each chunk, not in the last alone
     include_obfuscation: bool = False  # of OpenAI's, to hide lengths on the wire: there is none
 
 

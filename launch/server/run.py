@@ -94,14 +94,17 @@ def _server(served: Served, engine: Any, limits: Limits, api_key: str | None) ->
         import uvicorn
 
         from launch.server.app import make_app
+        from launch.server.connections import ImpatientProtocol
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "fastapi", "starlette"):
             raise
         raise UserError(f"serving needs the package '{error.name}': pip install -e '.[serve]'") from None
+    protocol = type("Protocol", (ImpatientProtocol,), {"seconds": limits.body_seconds})
     return uvicorn.Server(
         uvicorn.Config(
             make_app(served, engine, limits, api_key),
-            http="h11",
+            http=protocol,
+            ws="none",
             log_level="warning",
             lifespan="off",
             limit_concurrency=limits.connections,

@@ -63,14 +63,30 @@ class Choice:
         return text, piece.tokens
 
 
+class Places:
+    """The character of the text at which each token begins, one token after the other."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decoder, self._at = TextDecoder(tokenizer), 0
+
+    def of(self, token: int) -> int:
+        at = self._at
+        self._at += len(self._decoder.add([token]))
+        return at
+
+
 class TokenNames:
-    """How tokens are written in log-probabilities."""
+    """How tokens are written in log-probabilities: part of a character as OpenAI does, `bytes:\\xe2\\x82`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
     def text(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def chat(self, token: Token) -> dict[str, Any]:
         """An entry of chat's `logprobs.content`."""
@@ -80,20 +96,18 @@ class TokenNames:
     def _entry(self, token: int, log_probability: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token)
         return {
-            "token": data.decode("utf-8", "replace"),
+            "token": self.text(token),
             "logprob": finite(log_probability),
             "bytes": [*data],
         }
 
-    def completion(self, tokens: Sequence[Token | int], start: int) -> dict[str, Any]:
-        """Completions' `logprobs`, of tokens whose text begins at character `start`; a bare id has none."""
+    def completion(self, tokens: Sequence[Token | int], places: Places) -> dict[str, Any]:
+        """Completions' `logprobs`; a bare id has none."""
         out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        decoder, at = TextDecoder(self._tokenizer), start
         for token in tokens:
             number = token if isinstance(token, int) else token.id
-            out["text_offset"].append(at)
+            out["text_offset"].append(places.of(number))
             out["tokens"].append(self.text(number))
-            at += len(decoder.add([number]))
             if isinstance(token, int):
                 out["token_logprobs"].append(None)
                 out["top_logprobs"].append(None)

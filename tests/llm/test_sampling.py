@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from core.errors import UserError
-from llm.sampling import Sampling, probabilities, prompt_keys, sample
+from llm.sampling import RowSampling, Sampling, probabilities, prompt_keys, sample, sample_rows
 
 VOCAB = 37
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, VOCAB)).astype(np.float32)
@@ -125,3 +125,22 @@ def test_keys_of_prompts():
 def test_impossible_settings_are_named(settings, named):
     with pytest.raises(UserError, match=named):
         Sampling.of(*settings)
+
+
+@pytest.mark.parametrize("settings", [[], SETTINGS[:2], SETTINGS], ids=["greedy", "unfiltered", "all"])
+def test_each_row_its_own_way(settings):
+    """Every row draws what it draws where all are sampled alike, whatever stands beside it."""
+    settings = [(0.0, None, None), *settings]
+    count = len(settings)
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (count, VOCAB)), jnp.float32)
+    columns = (np.array([s[i] or off for s in settings]) for i, off in enumerate((0.0, 0, 1.0)))
+    kinds = (np.float32, np.int32, np.float32)
+    rows = RowSampling(*(jnp.asarray(c, kind) for c, kind in zip(columns, kinds, strict=True)))
+    draw, draw_alone = jax.jit(sample_rows), jax.jit(sample)
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), count)
+        tokens, log_p = draw(logits, keys, rows)
+        for i, setting in enumerate(settings):
+            token, p = draw_alone(logits[i : i + 1], keys[i : i + 1], Sampling.of(*setting))
+            assert tokens[i] == token[0]
+            assert_allclose(log_p[i], p[0], rtol=1e-5)

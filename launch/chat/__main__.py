@@ -1,0 +1,93 @@
+"""`python -m launch.chat --run FOLDER` or `--url URL`: talk to a model in the browser.
+
+Gradio and JAX are imported only where they are needed, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+
+from core.errors import UserError, run_command
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m launch.chat", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--run", type=Path, metavar="FOLDER",
+        help="a run, or an export in Hugging Face's layout: its model is loaded and served in this process",
+    )  # fmt: skip
+    parser.add_argument(
+        "--url", action="append", default=[], dest="urls", metavar="URL",
+        help="of an OpenAI-compatible server, such as http://127.0.0.1:8000; any number of times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="for the servers at --url; default: $OPENAI_API_KEY, if set"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens; default: 127.0.0.1"
+    )
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
+    args = parser.parse_args(argv)
+    if not args.urls and args.run is None:
+        raise UserError("name a model to talk to: --run FOLDER, or --url URL of a server")
+    for package in ("httpx", "fastapi", "uvicorn", "gradio"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the chat page needs the package '{package}': pip install -e '.[serve]'")
+    from launch.chat.client import Server, is_loopback
+
+    key = args.api_key or os.environ.get("OPENAI_API_KEY") or None
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "--api-key: a key is made of letters, digits and signs of ASCII, which this one isn't"
+        )
+    servers = [Server.of(url, key) for url in dict.fromkeys(args.urls)]
+    with _bound(args.host, args.port) as listening, contextlib.ExitStack() as engines:
+        inside, mode = None, "chat"
+        if args.run is not None:
+            from launch.chat.engine import started
+
+            inside, mode = engines.enter_context(started(args.run))
+            servers.insert(0, Server(inside.url))
+        if not is_loopback(args.host):
+            print(
+                f"warning: the page listens on {args.host}: whoever reaches it uses the models"
+                f"{' and the key' if key and args.urls else ''}, without a password",
+                file=sys.stderr,
+            )
+        from launch.chat.serve import serve
+
+        serve(servers, inside, mode, listening)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `UserError` where that can't be."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: choose one from 0 (any that is free) to {2**16 - 1}")
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"--host {host}: no address is known by that name") from None
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"the page can't listen on {host}, port {port}: {(error.strerror or 'it is refused').lower()}; "
+            "choose another with --port (0: any that is free) or --host"
+        ) from None
+    return listening
+
+
+if __name__ == "__main__":
+    run_command(main)

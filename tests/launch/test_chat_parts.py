@@ -1,0 +1,379 @@
+"""What the chat page is made of, without a browser: sentences, requests, rates, tokens, the command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from launch.chat import client, tokens
+from launch.chat.answer import Answering, Progress, Settings, messages_of, request_for
+from launch.chat.catalog import Catalog
+from launch.chat.client import Model, Server, ServerError, refusal
+from launch.chat.look import as_text, turns
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"),
+        (" https://models.example/v1/ ", "https://models.example/v1"),
+        ("https://models.example/team/v1", "https://models.example/team/v1"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+    ],
+)
+def test_a_url_with_v1_or_without_is_the_same_server(given, url):
+    assert Server.of(given).url == url
+
+
+@pytest.mark.parametrize(
+    "given", ["", "127.0.0.1:8000", "ftp://a", "http://", "http://:80", "http://a:port", "http://[::1"]
+)
+def test_what_is_no_url_is_the_users_mistake(given):
+    with pytest.raises(UserError, match="give the address of a server"):
+        Server.of(given)
+
+
+def test_loopback_is_this_machine_alone():
+    assert all(map(client.is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost"]))
+    assert not any(map(client.is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
+
+
+# What vLLM, OpenAI's servers and FastAPI say, word for word where that is short.
+TOO_LONG = (
+    "This model's maximum context length is 64 tokens. However, you requested 80 tokens (16 in the messages, "
+    "64 in the completion). Please reduce the length of the messages or completion."
+)
+
+
+TOO_MANY = (
+    "max_tokens=4000 cannot be greater than max_model_len=512. Please request fewer output tokens. "
+    "(parameter=max_tokens, value=4000)."
+)
+REFUSED = "The server at here:1 refuses the request."
+BAD_KEY = "The server at here:1 refuses the key: start this page with the right one (--api-key)."
+BUSY = "The server at here:1 has too much to do: try again"
+FAILED = "The server at here:1 failed at this request: its log says why."
+NOT_FOUND = "The server at here:1 doesn't offer this: look for a slip in the URL. It says: Not Found."
+LONG = (
+    "This is too long for the model's context: clear the chat, shorten the text, or lower “Max new tokens”. "
+    f"It says: {TOO_LONG}"
+)
+NO_MODEL = "The server at here:1 has no model m: choose another."
+TRACEBACK = 'Traceback (most recent call last):\n File "x.py"'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "wait", "sentence"),
+    [
+        (401, {"error": "Unauthorized"}, "", BAD_KEY),
+        (401, {"error": {"message": "Incorrect API key provided: sk-abc"}}, "", BAD_KEY),
+        (404, {"error": {"message": "The model `m` does not exist."}}, "", NO_MODEL),
+        (404, {"detail": "Not Found"}, "", NOT_FOUND),
+        (400, {"error": {"message": TOO_LONG}}, "", LONG),
+        (400, {"error": {"message": TOO_MANY}}, "", LONG.replace(TOO_LONG, TOO_MANY)),
+        (400, {"object": "error", "message": "It is so."}, "", f"{REFUSED} It says: It is so."),
+        (422, {"detail": [{"loc": [], "msg": "Field required"}]}, "", f"{REFUSED} It says: Field required."),
+        (429, {"error": {"message": "Too many."}}, "12", f"{BUSY} in 12 seconds. It says: Too many."),
+        (503, {}, "", f"{BUSY} in a moment."),
+        (500, {"error": {"message": TRACEBACK}}, "", FAILED),
+        (500, {"error": {"message": "{'loc': 3}"}}, "", FAILED),
+        (502, {}, "", FAILED),
+    ],
+)  # fmt: skip
+def test_a_refusal_reads_as_a_sentence(status, body, wait, sentence):
+    assert refusal("here:1", status, body, "m", wait) == sentence
+
+
+def test_a_servers_long_words_are_cut():
+    said = refusal("here:1", 400, {"error": {"message": "word\n" * 1000}}, "m")
+    assert len(said) < 320 and "\n" not in said and said.endswith("word…")
+
+
+def test_every_failure_of_the_connection_is_a_sentence_without_its_technicalities():
+    request = httpx.Request("GET", "http://here:1")
+    kinds = [
+        kind
+        for kind in vars(httpx).values()
+        if isinstance(kind, type) and issubclass(kind, httpx.TransportError)
+    ]
+    assert len(kinds) > 10
+    for kind in kinds:
+        said = client.failure("here:1", kind("[Errno 111] secret detail", request=request))
+        assert "here:1" in said and said.endswith(".") and "secret" not in said and "Errno" not in said
+
+
+def test_events_are_split_at_newlines_only_wherever_the_pieces_end():
+    told = ["a\u2028b", "é\x85", "{}", "[DONE]"]
+    raw = b": ping\r\n\r\n" + b"".join(f"data: {text}\n\n".encode() for text in told)
+
+    async def read(size: int) -> list[str]:
+        async def pieces():
+            for start in range(0, len(raw), size):
+                yield raw[start : start + size]
+
+        return [event async for event in client._events(pieces())]
+
+    for size in (1, 2, 3, 7, len(raw)):
+        assert asyncio.run(read(size)) == told
+
+
+def test_turns_alternate_in_a_request_and_completed_texts_are_not_in_it():
+    def turn(role, content, mode="chat"):
+        return {"role": role, "content": content, "mode": mode}
+
+    history = [
+        turn("user", "unanswered"), turn("user", "again"), turn("assistant", "yes"),
+        turn("user", "def f(", "complete"), turn("assistant", "x):", "complete"), turn("user", "so?"),
+    ]  # fmt: skip
+    assert messages_of(history, "Be brief.") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "unanswered\n\nagain"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "so?"},
+    ]
+    assert messages_of(history[:1], "  ") == [{"role": "user", "content": "unanswered"}]
+    path, body = request_for("complete", Model("m", "vllm"), history, "Be brief.", Settings(top_k=3, seed=0))
+    assert path == "completions" and body["prompt"] == "so?" and "messages" not in body
+    assert (body["model"], body["top_k"], body["seed"]) == ("m", 3, 0)
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    path, body = request_for("chat", Model("m", "another"), history, "", Settings())
+    assert path == "chat/completions" and not {"top_k", "seed", "prompt"} & set(body)
+    assert body["stream_options"] == {"include_usage": True}
+
+
+def _progress(*chunks: tuple[float, str, int | None], end: str | None = None) -> Progress:
+    progress = Progress(started=10.0)
+    for now, text, count in chunks:
+        usage = {"usage": {"completion_tokens": count}} if count is not None else {}
+        progress.add({"choices": [{"delta": {"content": text}}], **usage}, now)
+    progress.add({"choices": [{"text": "", "finish_reason": end}]}, now)
+    return progress
+
+
+HALF = "first token after 0.50 s"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "end", "note"),
+    [
+        (
+            [(10.5, "a", None), (11.5, "b", None), (12.5, "c", None)],
+            None,
+            f"3 pieces · 1.0 pieces/s · {HALF}",
+        ),
+        ([(10.5, "ab", 2), (12.5, "c", 6)], "length", f"6 tokens · 2.0 tokens/s · {HALF} · limit reached"),
+        ([(10.5, "x", 1)], "stop", f"1 token · {HALF}"),
+        ([(10.25, "", None)], "stop", "The model ended its answer at once."),
+        ([(10.25, "", None)], None, "Waiting for the first token …"),
+    ],
+)
+def test_rates_count_from_the_first_token_and_take_the_servers_own_count(chunks, end, note):
+    assert _progress(*chunks, end=end).note() == note
+
+
+def test_a_count_that_comes_last_is_taken():
+    progress = _progress((10.5, "a", None), (12.5, "b", None))
+    progress.add({"choices": [], "usage": {"completion_tokens": 5}}, 12.5)
+    assert progress.note().startswith("5 tokens · 2.0 tokens/s")
+
+
+@contextlib.asynccontextmanager
+async def _raw_server(*writes: bytes, hold: bool = False):
+    """A socket that answers any request with these bytes, and tells when the other side went away."""
+    gone = asyncio.Event()
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        for part in writes:
+            writer.write(part)
+            await writer.drain()
+        if hold:
+            while await reader.read(1024):
+                pass
+            gone.set()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield Server.of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "key"), gone
+
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+
+
+def _event(text: str) -> bytes:
+    return f"data: {json.dumps({'choices': [{'text': text}]})}\n\n".encode()
+
+
+def test_stop_closes_the_connection_while_the_server_says_nothing():
+    async def go() -> None:
+        async with _raw_server(STREAM, _event("one"), hold=True) as (server, gone):
+            answering = Answering(server, "completions", {"model": "m"})
+            async for progress in answering.updates():
+                if progress.text:
+                    answering.stop()
+            assert (progress.text, progress.ended) == ("one", "stopped")
+            await asyncio.wait_for(gone.wait(), 5)
+
+    asyncio.run(go())
+
+
+def test_an_abandoned_answer_closes_the_connection():
+    async def go() -> None:
+        async with _raw_server(STREAM, _event("one"), hold=True) as (server, gone):
+            updates = Answering(server, "completions", {"model": "m"}).updates()
+            async for progress in updates:
+                if progress.text:
+                    break
+            await updates.aclose()
+            await asyncio.wait_for(gone.wait(), 5)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("writes", "text", "sentence"),
+    [
+        ([STREAM, _event("one")], "one", "broke off before the answer was complete"),
+        ([STREAM, _event("one"), b'data: {"error": {"message": "no room"}}\n\n'], "one", "It says: no room."),
+        ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>"], "", "no OpenAI-compatible server"),
+        ([STREAM, b"data: 12\n\n"], "", "no OpenAI-compatible server"),
+        ([b"nonsense\r\n\r\n"], "", "broke off before"),
+        ([b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n"], "", "refuses the key"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_a_stream_is_told_and_what_came_before_is_kept(writes, text, sentence):
+    async def go() -> str:
+        async with _raw_server(*writes) as (server, _):
+            answering = Answering(server, "completions", {"model": "m"})
+            with pytest.raises(ServerError) as told:
+                async for _ in answering.updates():
+                    pass
+            assert answering.progress.text == text
+            return str(told.value)
+
+    assert sentence in asyncio.run(go())
+
+
+def test_a_server_that_went_away_keeps_its_models_listed():
+    body = json.dumps({"data": [{"id": "a"}, {"id": "b"}, {"no": 1}]}).encode()
+    head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+
+    async def go() -> None:
+        async with _raw_server(head + body) as (server, _):
+            catalog = Catalog([server])
+            await catalog.refresh()
+            assert catalog.names == ["a", "b"] and not catalog.troubles
+            assert catalog.find("b") == (server, Model("b"))
+        catalog._asked = -math.inf
+        await catalog.refresh()
+        assert catalog.names == ["a", "b"]
+        assert catalog.troubles == [f"No server answers at {server.place}: start it, or wait until it is up."]
+        with pytest.raises(ServerError, match="No server answers"):
+            catalog.find(None)
+
+    asyncio.run(go())
+
+
+HOSTILE = '<img src=x onerror="a()"> & {{value}} ${1} `b` \''
+
+
+def test_nothing_of_html_or_of_gradios_templates_is_left_in_text():
+    shown = as_text(HOSTILE)
+    assert not set("<>{}$`\"'") & set(shown)
+    message = {"role": "user", "content": HOSTILE, "mode": "chat"}
+    assert shown in turns([message]) and HOSTILE not in turns([message])
+    page = tokens.as_html(tokens.Reading([tokens.Token(HOSTILE, 0.5, [(HOSTILE, 0.5)])], [(HOSTILE, 1.0)]))
+    assert page.count(shown) >= 4 and "<img" not in page and "{" not in page
+
+
+def test_a_servers_echo_becomes_tokens_with_their_alternatives():
+    echoed = {
+        "tokens": ["def", " f", "\n"],
+        "token_logprobs": [None, math.log(0.25), math.log(0.5)],
+        "top_logprobs": [None, {" g": math.log(0.5), " f": math.log(0.25)}, {"\n": math.log(0.5)}],
+    }
+    reading = tokens._echoed(echoed)
+    assert [(t.label, t.probability) for t in reading.tokens] == [("def", None), ("·f", pytest.approx(0.25))]
+    assert reading.tokens[1].likeliest == [("·g", pytest.approx(0.5)), ("·f", pytest.approx(0.25))]
+    assert reading.following == [("\\n", pytest.approx(0.5))]
+    assert tokens._echoed({"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None]}) is None
+
+
+def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
+    from llm.inspect.lens import Inspection
+
+    class Letters:
+        def token_bytes(self, token: int) -> bytes:
+            return bytes([token])
+
+    probabilities = np.array([[0.6, 0.3], [0.5, 0.4]], np.float32)
+    letters = np.array([[98, 99], [97, 98]])
+    inspection = Inspection(
+        np.array([97, 99], np.int32), np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 2), np.int32),
+        np.zeros((1, 2), np.float32), letters, probabilities, -np.log(probabilities[:1, 1]),
+    )  # fmt: skip
+    reading = tokens.reading_of(inspection, Letters())
+    tops = [
+        {chr(t): math.log(p) for t, p in zip(*row, strict=True)}
+        for row in zip(letters, probabilities, strict=True)
+    ]
+    echo = {
+        "tokens": ["a", "c", "a"],
+        "token_logprobs": [None, math.log(0.3), math.log(0.5)],
+        "top_logprobs": [None, *tops],
+    }
+    assert tokens.as_html(reading) == tokens.as_html(tokens._echoed(echo))
+    assert ">c: 30.0 %<" in tokens.as_html(reading)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.chat", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_help_comes_without_jax_or_gradio():
+    code = (
+        "import sys, launch.chat.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "finally: assert not {'jax', 'gradio', 'httpx', 'openai'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--api-key" in done.stdout
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        url = ["--url", "http://127.0.0.1:9"]
+        for arguments, sentence in (
+            ([], "name a model to talk to"),
+            (["--url", "localhost"], "--url localhost: give the address of a server"),
+            ([*url, "--port", port], f"port {port}: address already in use"),
+            ([*url, "--port", "70000"], "--port 70000: choose one from 0"),
+            ([*url, "--host", "no.such.host.invalid"], "no address is known by that name"),
+            ([*url, "--api-key", "clé"], "--api-key: a key is made of letters"),
+            (["--run", str(tmp_path / "none"), "--port", "0"], "holds no run"),
+        ):
+            done = _run(*arguments)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+            assert sentence in done.stderr
