@@ -70,7 +70,7 @@ class SavedParams:
     @functools.cached_property
     def _context(self) -> ts.Context:
         """It keeps the index of the chunks between reads, and no chunk."""
-        return ocp.type_handlers.get_ts_context(use_ocdbt=True)
+        return _frugal(ocp.type_handlers.get_ts_context(use_ocdbt=True))
 
 
 def write_params(
@@ -123,6 +123,11 @@ def _save(
         writer.save(folder, args=args)
 
 
+def _frugal(context: ts.Context) -> ts.Context:
+    """The same with a smaller cache than Orbax's 100 MB, which reading and writing fill for nothing."""
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 8 << 20}}, parent=context)
+
+
 class _PieceHandler(ocp.type_handlers.NumpyHandler):
     """Writes pieces as they come where Orbax would write whole arrays."""
 
@@ -137,7 +142,8 @@ class _PieceHandler(ocp.type_handlers.NumpyHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="pieces")]
 
     async def _write(self, values: Sequence[Any], infos: Sequence[Any]) -> None:
-        tensors = {info.name: _Tensor(value, info) for value, info in zip(values, infos, strict=True)}
+        context = _frugal(infos[0].ts_context)
+        tensors = {info.name: _Tensor(value, info, context) for value, info in zip(values, infos, strict=True)}
         for path, index, piece in self._pieces:
             await tensors[".".join(path)].write(index, piece)
         for tensor in tensors.values():
@@ -147,8 +153,8 @@ class _PieceHandler(ocp.type_handlers.NumpyHandler):
 class _Tensor:
     """A parameter on its way to the disk."""
 
-    def __init__(self, leaf: jax.ShapeDtypeStruct, info: Any):
-        self._leaf, self._info = leaf, info
+    def __init__(self, leaf: jax.ShapeDtypeStruct, info: Any, context: ts.Context):
+        self._leaf, self._info, self._context = leaf, info, context
         self._array: ts.TensorStore | None = None
         self._written: list[Box] = []
 
@@ -165,7 +171,7 @@ class _Tensor:
                 process_index=0,
                 arg=layout(self._leaf),
             )
-            self._array = await ts.open(ts.Spec(spec), create=True, open=True, context=self._info.ts_context)
+            self._array = await ts.open(ts.Spec(spec), create=True, open=True, context=self._context)
         await self._array[_slices(box)].write(piece.reshape(extents))
 
     def _claim(self, index: Index, piece: np.ndarray) -> Box:

@@ -45,13 +45,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--dtype is for an export: a run has float32 weights, which hold the others' values")
     log.setup("llm", "export")
     dtype = args.dtype or "float32"
-    if args.source is not None:
+    if args.verify:  # else nothing is computed, and memory that is freed had better go back
         devices.prepare()
+    if args.source is not None:
         import_run(args.source, args.out)
         run, folder = RunFolder.open(args.out), args.source
     else:
         run, folder = RunFolder.open(args.run), args.out
-        devices.prepare()
         export_run(run, args.out, dtype)
     if args.verify:
         _verify(run, folder, dtype)

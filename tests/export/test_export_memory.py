@@ -40,7 +40,7 @@ for folder in (small, large):
     peaks.append(peak())
 print(peaks[2] - peaks[1], peaks[3] - peaks[1])
 """
-LAYERS = 24
+LAYERS = 28
 BOUND = 64e6  # bytes: some tensors of 3 MB, and what the allocator keeps of those freed
 
 
@@ -65,6 +65,7 @@ def test_a_few_tensors_are_in_memory_at_a_time(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     imported, exported = map(int, done.stdout.split())
+    print(size, imported, exported)
     assert imported < BOUND and exported < BOUND, f"{imported / 1e6:.0f} and {exported / 1e6:.0f} MB"
     total = sum(file.stat().st_size for file in Path(tmp_path / "out/large").glob("*.safetensors"))
     assert size < total < 1.01 * size
