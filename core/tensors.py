@@ -143,7 +143,9 @@ class _PieceHandler(ocp.type_handlers.NumpyHandler):
 
     async def _write(self, values: Sequence[Any], infos: Sequence[Any]) -> None:
         context = _frugal(infos[0].ts_context)
-        tensors = {info.name: _Tensor(value, info, context) for value, info in zip(values, infos, strict=True)}
+        tensors = {
+            info.name: _Tensor(value, info, context) for value, info in zip(values, infos, strict=True)
+        }
         for path, index, piece in self._pieces:
             await tensors[".".join(path)].write(index, piece)
         for tensor in tensors.values():
