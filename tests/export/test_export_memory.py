@@ -41,7 +41,9 @@ for folder in (small, large):
 print(peaks[2] - peaks[1], peaks[3] - peaks[1])
 """
 LAYERS = 28
-BOUND = 64e6  # bytes: some tensors of 3 MB, and what the allocator keeps of those freed
+BOUND = 64e6  # bytes: some tensors of 3 MB
+# glibc raises the threshold as it likes, and then keeps some tens of megabytes that were freed.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 def test_a_few_tensors_are_in_memory_at_a_time(tmp_path):
@@ -61,11 +63,10 @@ def test_a_few_tensors_are_in_memory_at_a_time(tmp_path):
     assert size > 4 * BOUND
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, small, large, tmp_path / "out"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     imported, exported = map(int, done.stdout.split())
-    print(size, imported, exported)
     assert imported < BOUND and exported < BOUND, f"{imported / 1e6:.0f} and {exported / 1e6:.0f} MB"
     total = sum(file.stat().st_size for file in Path(tmp_path / "out/large").glob("*.safetensors"))
     assert size < total < 1.01 * size
