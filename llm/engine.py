@@ -376,6 +376,12 @@ class Engine:
     def _free_row(self, length: int) -> int:
         """A row for one request more, of so many tokens now."""
         used = self._used
+        if used == 0:  # nothing to keep: the ring may be of any size at once
+            rows, slots = self._rows_for(1 + len(self._waiting)), self._slots_for(length)
+            if (rows, slots) != (len(self._active), self._ring.slots):
+                self._ring = empty_ring(self.config, rows, slots, self._dtype)
+                self._active, self._roomy = [None] * rows, 0
+            return 0
         rows, slots = len(self._active), max(self._ring.slots, self._slots_for(length))
         if used == rows:
             rows = self._rows_for(used + 1 + len(self._waiting))

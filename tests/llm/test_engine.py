@@ -258,10 +258,17 @@ def test_what_a_client_raises_is_its_own(served):
 
 def test_the_ring_shrinks_when_it_has_been_too_large(served, monkeypatch):
     monkeypatch.setattr(engine, "_PATIENCE", 3)
-    crowd = [Client(served, Request(prompt(4), 5)) for _ in range(4)]
-    for client in crowd:
+    request = Request(prompt(4), 120)
+    last, *others = [Client(served, r) for r in (request, *[Request(prompt(4), 40)] * 3)]
+    for client in others:
         client.ids()
     assert served.status().rows == 4
-    request = Request(prompt(4), 100)
-    assert Client(served, request).ids() == alone(request).token_ids
+    assert last.ids() == alone(request).token_ids
     assert (served.status().rows, served.status().slots) == (1, 128)
+
+
+def test_an_empty_ring_takes_the_size_that_is_needed(served):
+    for count, rows in ((4, 4), (1, 1)):
+        for client in [Client(served, Request(prompt(4), 60)) for _ in range(count)]:
+            client.ids()
+        assert served.status().rows == rows
