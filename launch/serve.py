@@ -17,8 +17,7 @@ from pathlib import Path
 
 from core.errors import UserError, run_command
 from core.signals import Stop
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from launch.address import is_loopback
 
 
 def main(argv: list[str]) -> None:
@@ -42,9 +41,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: there is no such folder")
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port {args.port}: choose one from 0 to 65535")
-    if args.host not in LOOPBACK and args.api_key is None:
+    if not is_loopback(args.host) and args.api_key is None:
         print(f"{args.host} can be reached from other machines, and no --api-key is asked for", flush=True)
     name = args.name or args.model.resolve().name
     with Stop() as stop, _server(args, name, stop) as (url, ended):

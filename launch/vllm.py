@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from launch.address import listen, url_of
 
 _STOP_SECONDS = 30.0  # for requests that are under way to end
 _LINES = 15  # of its last messages, that are told when it dies
@@ -155,7 +155,8 @@ def running(
     config = read_config(model)
     version, gpus = probe(python)
     settings = Settings.of(config, gpus)
-    port = _bindable(host, port)
+    with listen(host, port) as tried:  # where it is taken, vLLM would end with a traceback
+        port, root = tried.getsockname()[1], url_of(tried)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", name, "--host", host, "--port", str(port), *settings.arguments]
     environment = os.environ | settings.environment | ({"VLLM_API_KEY": api_key} if api_key else {})
@@ -165,7 +166,6 @@ def running(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         print(f"vLLM {version}: {' '.join(settings.arguments)}; its messages: {log.name}", flush=True)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def ended() -> str | None:
             if server.poll() is None:
@@ -174,10 +174,10 @@ def running(
             return f"vLLM ended with exit code {server.returncode}; its last words:\n" + "\n".join(last)
 
         try:
-            _wait(server, url, stopped)
+            _wait(server, root, stopped)
             if (why := ended()) is not None:
                 raise UserError(why)
-            yield f"{url}/v1", ended
+            yield f"{root}/v1", ended
         finally:
             _stop(server)
 
@@ -200,17 +200,3 @@ def _stop(server: subprocess.Popen) -> None:
             os.killpg(server.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(seconds)
-
-
-def _bindable(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises `UserError` if it can't be had."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise UserError(
-            f"{host}:{port} can't be listened on: {error.strerror}; choose another --port or --host"
-        ) from None

@@ -9,11 +9,11 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import socket
 import sys
 from pathlib import Path
 
 from core.errors import UserError, run_command
+from launch.address import is_loopback, listen
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     for package in ("httpx", "fastapi", "uvicorn", "gradio"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the chat page needs the package '{package}': pip install -e '.[serve]'")
-    from launch.chat.client import Server, is_loopback
+    from launch.chat.client import Server
 
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or None
     if key and not (key.isascii() and key.isprintable()):
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
             "--api-key: a key is made of letters, digits and signs of ASCII, which this one isn't"
         )
     servers = [Server.of(url, key) for url in dict.fromkeys(args.urls)]
-    with _bound(args.host, args.port) as listening, contextlib.ExitStack() as engines:
+    with listen(args.host, args.port) as listening, contextlib.ExitStack() as engines:
         inside, mode = None, "chat"
         if args.run is not None:
             from launch.chat.engine import started
@@ -63,30 +63,6 @@ def main(argv: list[str]) -> None:
         from launch.chat.serve import serve
 
         serve(servers, inside, mode, listening)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises `UserError` where that can't be."""
-    if not 0 <= port < 2**16:
-        raise UserError(f"--port {port}: choose one from 0 (any that is free) to {2**16 - 1}")
-    try:
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError):
-        raise UserError(f"--host {host}: no address is known by that name") from None
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        raise UserError(
-            f"the page can't listen on {host}, port {port}: {(error.strerror or 'it is refused').lower()}; "
-            "choose another with --port (0: any that is free) or --host"
-        ) from None
-    return listening
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from core.errors import UserError
+from launch.address import is_loopback
 
 _CONNECT_SECONDS, _READ_SECONDS = 5.0, 600.0  # a busy server may let a request wait for its turn
 _LIST_SECONDS = 5.0
@@ -143,14 +143,6 @@ async def _client(server: Server, seconds: float | int) -> AsyncIterator[httpx.A
 @cache
 def _certificates() -> ssl.SSLContext:
     return ssl.create_default_context()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address is this machine's own, which no other reaches."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from launch.address import url_of
 from launch.chat.catalog import Catalog
 from launch.chat.client import Server
 from launch.chat.inside import Inside
@@ -52,8 +53,7 @@ def serve(servers: Sequence[Server], inside: Inside | None, mode: str, listening
     )  # fmt: skip
     # Open pages hold a stream each: waiting for those to end would be waiting for the readers.
     config = uvicorn.Config(_WithPolicy(app), log_level="warning", timeout_graceful_shutdown=1)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"chat page: http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
+    print(f"chat page: {url_of(listening)}  (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
     sys.stdout.flush()

@@ -1,9 +1,9 @@
 """An OpenAI-compatible server for a model of ours: FastAPI before `llm.engine`.
 
-`running` serves from a thread of this process, `serve` until a signal comes. Both need the `serve` extra.
+`running` serves from a thread of this process. It needs the `serve` extra.
 """
 
 from launch.server.limits import Limits
-from launch.server.run import running, serve
+from launch.server.run import running
 
-__all__ = ["Limits", "running", "serve"]
+__all__ = ["Limits", "running"]

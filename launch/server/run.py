@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from core.errors import UserError
+from launch.address import listen, url_of
 from launch.server.limits import Limits
 from launch.server.model import Served
 
@@ -33,8 +33,7 @@ def running(
     Raises:
         UserError: if the port is taken, or FastAPI is missing.
     """
-    with _engine(served, limits) as engine:
-        listener = _listen(host, port)
+    with listen(host, port) as listener, _engine(served, limits) as engine:
         server = _server(served, engine, limits, api_key)
         thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
         thread.start()
@@ -43,33 +42,11 @@ def running(
                 if not thread.is_alive():
                     raise RuntimeError("the server ended before it answered")
                 time.sleep(0.01)
-            yield _url(listener)
+            yield url_of(listener)
         finally:
             engine.close()
             server.should_exit = True
             thread.join()
-
-
-def serve(
-    served: Served,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    *,
-    api_key: str | None = None,
-    limits: Limits = Limits(),  # noqa: B008
-    ready: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Serve from the main thread until SIGINT or SIGTERM; `ready` is called with the URL before the first
-    request is taken.
-
-    Raises:
-        UserError: if the port is taken, or FastAPI is missing.
-    """
-    listener = _listen(host, port)
-    with _engine(served, limits) as engine:
-        server = _server(served, engine, limits, api_key)
-        ready(_url(listener))
-        server.run([listener])
 
 
 @contextlib.contextmanager
@@ -111,18 +88,3 @@ def _server(served: Served, engine: Any, limits: Limits, api_key: str | None) ->
             timeout_graceful_shutdown=5,
         )
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"can't listen at {host}, port {port}: {error}; choose another with --port or --host"
-        ) from None
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -31,11 +31,6 @@ pytestmark = [
 
 CONTEXT = 4096
 KEY = "right-key"
-SERVE = (
-    "import sys; from pathlib import Path; from launch.server import serve; "
-    "from launch.server.model import Served; "
-    "serve(Served.of(Path(sys.argv[1])), port=int(sys.argv[2]), api_key=sys.argv[3])"
-)
 BOX, SEND, STOP, NOTE, LOG = "#t2t-box textarea", "#t2t-send", "#t2t-stop", "#t2t-note", "#t2t-log"
 SECONDS = 30_000  # of patience on a busy machine, in Playwright's milliseconds
 expect.set_options(timeout=SECONDS)
@@ -62,9 +57,10 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        arguments = [str(self._made / "runs" / "tiny"), str(self._port), KEY]
+        run, port = str(self._made / "runs" / "tiny"), str(self._port)
+        command = [sys.executable, "-m", "launch.serve", "--engine", "jax", "--model", run]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, *arguments], cwd=ROOT, env=environment(self._made / "jax")
+            [*command, "--port", port, "--api-key", KEY], cwd=ROOT, env=environment(self._made / "jax")
         )
         wait_for(lambda: self.health() is not None or self._process.poll() is not None, 120)
         assert self._process.poll() is None

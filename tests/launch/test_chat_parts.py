@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
+from launch.address import is_loopback
 from launch.chat import client, tokens
 from launch.chat.answer import Answering, Progress, Settings, messages_of, request_for
 from launch.chat.catalog import Catalog
@@ -48,8 +49,8 @@ def test_what_is_no_url_is_the_users_mistake(given):
 
 
 def test_loopback_is_this_machine_alone():
-    assert all(map(client.is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost"]))
-    assert not any(map(client.is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
+    assert all(map(is_loopback, ["127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "localhost.example", ""]))
 
 
 # What vLLM, OpenAI's servers and FastAPI say, word for word where that is short.

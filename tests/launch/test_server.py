@@ -412,7 +412,7 @@ def test_the_api_key(served):
 
 def test_a_taken_port_is_told(url, served):
     again = running(served, port=int(url.rsplit(":", 1)[1]), limits=LIMITS)
-    with pytest.raises(UserError, match=r"can't listen at 127.0.0.1, port \d+.*choose another"), again:
+    with pytest.raises(UserError, match=r"can't listen on 127.0.0.1, port \d+.*choose another"), again:
         pass
 
 
