@@ -16,14 +16,11 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +28,7 @@ import numpy as np
 
 from benchmarks.worker import Worker, serve
 from core.devices import keep_freed_memory
+from launch import vllm
 
 SHAPE = {
     "hidden_size": 512, "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -100,43 +98,17 @@ def variants(stack: contextlib.ExitStack, folder: Path, args) -> dict[str, Calla
         return Turn(*workers["transformers"].ask(prompts=prompts, new_tokens=new_tokens))
 
     ask: dict[str, Callable[..., Turn]] = {
-        "ours": functools.partial(over_http, workers["ours"].facts["url"], workers["ours"].facts["name"]),
+        "ours": functools.partial(
+            over_http, f"{workers['ours'].facts['url']}/v1", workers["ours"].facts["name"]
+        ),
         "transformers": batch,
     }
     if args.vllm_python is None:
         print("vLLM is left out: name the Python of its environment with --vllm-python", file=sys.stderr)
     else:
-        url = stack.enter_context(vllm(args.vllm_python, folder))
+        url, _ = stack.enter_context(vllm.running(folder, "model", "127.0.0.1", 0, str(args.vllm_python)))
         ask["vllm"] = functools.partial(over_http, url, "model")
     return ask
-
-
-@contextlib.contextmanager
-def vllm(python: Path, folder: Path) -> Iterator[str]:
-    """vLLM's own server, from the moment at which it answers."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--enforce-eager",
-        "--dtype", "float32", "--port", str(port), "--served-model-name", "model", "--max-model-len",
-        str(LENGTH), "--no-enable-prefix-caching", "--host", "127.0.0.1",
-    ]  # fmt: skip
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
-    try:
-        import httpx
-
-        while True:
-            if process.poll() is not None:
-                sys.exit(f"vLLM ended with exit code {process.returncode}; its message stands above")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def over_http(url: str, name: str, prompts: list[list[int]], new_tokens: int) -> Turn:
@@ -149,7 +121,7 @@ def over_http(url: str, name: str, prompts: list[list[int]], new_tokens: int) ->
             "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         first, text, count = None, [], 0
-        async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        async with client.stream("POST", f"{url}/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):

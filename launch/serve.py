@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
         print(f"{args.host} can be reached from other machines, and no --api-key is asked for", flush=True)
     name = args.name or args.model.resolve().name
     with Stop() as stop, _server(args, name, stop) as (url, ended):
-        print(
-            f"\n{name} answers at {url}\n\n{_call(url, name, args.api_key)}\n\nCtrl-C stops it.", flush=True
-        )
+        if stop.signal is None:
+            call = _call(url, name, args.api_key)
+            print(f"\n{name} answers at {url}\n\n{call}\n\nCtrl-C stops it.", flush=True)
         while stop.signal is None:
             if (why := ended()) is not None:
                 raise UserError(why)

@@ -185,18 +185,22 @@ def running(
 def _wait(server: subprocess.Popen, url: str, stopped: Callable[[], bool]) -> None:
     """Until it answers, or has ended, or `stopped`."""
     url = url.replace("://0.0.0.0", "://127.0.0.1").replace("://[::]", "://[::1]")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while server.poll() is None and not stopped():
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+            with direct.open(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
 
 
 def _stop(server: subprocess.Popen) -> None:
-    """End it and its workers: asked first, then killed."""
-    for number, seconds in ((signal.SIGINT, _STOP_SECONDS), (signal.SIGKILL, None)):
+    """End it and its workers: asked first, then killed, at once if the user won't wait."""
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, signal.SIGINT)
+            server.wait(_STOP_SECONDS)
+    finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(seconds)
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
