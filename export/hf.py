@@ -15,7 +15,9 @@ from core import devices, errors, log
 from core.errors import UserError, run_command
 from core.run import RunFolder
 from export.read import import_run, read_config, read_params
-from export.write import NAMES, export_run
+from export.write import export_run
+
+SCHEMES = {"bf16": "bfloat16"}
 
 __all__ = ["export_run", "import_run", "main", "read_config", "read_params"]
 
@@ -31,9 +33,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new folder")
     parser.add_argument(
-        "--dtype",
-        choices=NAMES,
-        help="of the exported weights; default: float32, as they were trained; bfloat16 is half as large",
+        "--scheme",
+        choices=SCHEMES,
+        help="of the weights: bf16 rounds them to bfloat16, half as large; default: float32, as trained",
     )
     parser.add_argument(
         "--verify",
@@ -41,10 +43,10 @@ def main(argv: list[str]) -> None:
         help="compare the logits of both models on PyTorch and JAX; exit 1 if two are more than 1e-4 apart",
     )
     args = parser.parse_args(argv)
-    if args.source is not None and args.dtype is not None:
-        raise UserError("--dtype is for an export: a run has float32 weights, which hold the others' values")
+    if args.source is not None and args.scheme is not None:
+        raise UserError("--scheme is for an export: a run has float32 weights, which hold the others' values")
     log.setup("llm", "export")
-    dtype = args.dtype or "float32"
+    dtype = SCHEMES.get(args.scheme, "float32")
     if args.verify:  # else nothing is computed, and memory that is freed had better go back
         devices.prepare()
     if args.source is not None:

@@ -29,7 +29,7 @@ from llm.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from core.tensors import SavedParams
 
-NAMES = {"float32": "F32", "bfloat16": "BF16"}  # as `--dtype` has them, and the files
+NAMES = {"float32": "F32", "bfloat16": "BF16"}  # as JAX has them, and the files
 _UNLIMITED = int(1e20)  # from here on a `model_max_length` says that there is none
 _log = logging.getLogger(__name__)
 

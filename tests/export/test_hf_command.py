@@ -139,7 +139,7 @@ def test_what_stands_is_not_written_over(run, original, exported):
         (["--run", "nowhere", "--out", "x"], "nowhere holds no run"),
         (["--import", "nowhere", "--out", "x"], "nowhere is no folder"),
         (["--import", str(ROOT), "--out", "x"], r"no config.json"),
-        (["--import", "x", "--out", "y", "--dtype", "bfloat16"], "--dtype is for an export"),
+        (["--import", "x", "--out", "y", "--scheme", "bf16"], "--scheme is for an export"),
     ],
 )
 def test_mistakes(arguments, message):

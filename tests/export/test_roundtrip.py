@@ -71,14 +71,14 @@ def test_in_and_out_again(name, checkpoint, tmp_path):
 def test_bfloat16_comes_back_as_it_was(name, checkpoint, tmp_path):
     theirs, run, ours = checkpoint(name, dtype=torch.bfloat16), tmp_path / "run", tmp_path / "ours"
     import_run(theirs, run)
-    main(["--run", str(run), "--out", str(ours), "--dtype", "bfloat16"])
+    main(["--run", str(run), "--out", str(ours), "--scheme", "bf16"])
     assert_same_bits(weights(ours), weights(theirs))
     assert transformers.AutoConfig.from_pretrained(ours).dtype == torch.bfloat16
 
 
 def test_a_rounded_export_is_verified_with_the_rounded_values(checkpoint, tmp_path, capsys):
     import_run(checkpoint("llama"), tmp_path / "run")
-    arguments = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "ours"), "--dtype", "bfloat16"]
+    arguments = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "ours"), "--scheme", "bf16"]
     main([*arguments, "--verify"])
     assert "logits of weights rounded to bfloat16 in float32, 5 prompts of" in capsys.readouterr().out
     values, exact = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
