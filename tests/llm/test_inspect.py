@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from tiny import copy_corpus, experiment
 
 from core.config import load
 from core.errors import UserError
+from export.read import read_params
 from llm.config import Experiment
 from llm.inspect import __main__ as command_line
 from llm.inspect.labels import token_labels
