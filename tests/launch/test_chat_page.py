@@ -249,14 +249,14 @@ def test_a_seed_that_is_none_and_a_text_too_long_are_sentences(page, by_url):
     assert answered(page).startswith("def one(")
 
 
-def test_an_emptied_number_is_a_sentence(page, by_url):
+def test_an_emptied_number_is_the_lowest_once_it_is_left(page, by_url):
     go(page, by_url)
-    page.locator("#t2t-temperature input[type=number]").fill("")
+    most = page.locator("#t2t-max input[type=number]")
+    most.fill("")
     ask(page, "def one(")
-    expect(page.locator(f"{NOTE} .t2t-error")).to_contain_text("Temperature is a number from 0 to 2")
-    page.locator("#t2t-temperature input[type=number]").fill("0")
-    page.click("#t2t-regenerate")
     assert answered(page).startswith("def one(")
+    expect(most).to_have_value("1")
+    assert page.locator(NOTE).inner_text().startswith("1 token ")
 
 
 def test_of_two_models_of_one_name_the_chosen_one_answers(page, made, server):
