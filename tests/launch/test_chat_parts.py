@@ -316,10 +316,15 @@ def _catalog(*servers: Server, models: tuple[str, ...] = ("m",)) -> Catalog:
     return catalog
 
 
-def _answering(*names: str):
-    body = json.dumps({"data": [{"id": name} for name in names]}).encode()
+def _sending(content):
+    """A server whose every answer is this, as JSON."""
+    body = json.dumps(content).encode()
     head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
     return _raw_server(head + body)
+
+
+def _answering(*names: str):
+    return _sending({"data": [{"id": name} for name in names]})
 
 
 def test_models_of_one_name_on_two_servers_are_told_apart():
@@ -367,6 +372,29 @@ def test_a_servers_echo_becomes_tokens_with_their_alternatives():
     assert reading.tokens[1].likeliest == [("·g", pytest.approx(0.5)), ("·f", pytest.approx(0.25))]
     assert reading.following == [("\\n", pytest.approx(0.5))]
     assert tokens._echoed({"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None]}) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {}, {"choices": 5}, {"choices": {"0": 1}}, {"choices": [None]}, {"choices": [{"logprobs": None}]},
+        *[
+            {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}}]}
+            for tokens, values, tops in (
+                (["a"], [None], [None]), (["a", 5], [None, -1], [None, {}]),
+                (["a", "b"], [None, 1e9], [None, {}]), (["a", "b"], [None, "x"], [None, {}]),
+                (["a", "b"], [None, -1], [None, ["b"]]), (["a", "b"], [None, -1], [None, {"b": None}]),
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_a_server_without_an_echo_of_the_usual_form_gives_no_probabilities(answer):
+    async def go() -> None:
+        async with _sending(answer) as (server, _):
+            with pytest.raises(ServerError, match=f"{server.place} gives no probabilities"):
+                await tokens.ask(server, "m", "text")
+
+    asyncio.run(go())
 
 
 def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
