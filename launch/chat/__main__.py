@@ -11,9 +11,13 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import UserError, run_command
 from launch.address import is_loopback, listen
+
+if TYPE_CHECKING:
+    from launch.chat.client import Server
 
 
 def main(argv: list[str]) -> None:
@@ -27,8 +31,9 @@ def main(argv: list[str]) -> None:
         help="of an OpenAI-compatible server, such as http://127.0.0.1:8000; any number of times",
     )  # fmt: skip
     parser.add_argument(
-        "--api-key", metavar="KEY", help="for the servers at --url; default: $OPENAI_API_KEY, if set"
-    )
+        "--api-key", metavar="KEY",
+        help="for all servers at --url; default: $OPENAI_API_KEY, but only over https or to this machine",
+    )  # fmt: skip
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="where the page listens; default: 127.0.0.1"
     )
@@ -39,17 +44,11 @@ def main(argv: list[str]) -> None:
     for package in ("httpx", "fastapi", "uvicorn", "gradio"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the chat page needs the package '{package}': pip install -e '.[serve]'")
-    from launch.chat.client import Server
-
-    key = args.api_key or os.environ.get("OPENAI_API_KEY") or None
-    if key and not (key.isascii() and key.isprintable()):
-        raise UserError(
-            "--api-key: a key is made of letters, digits and signs of ASCII, which this one isn't"
-        )
-    servers = [Server.of(url, key) for url in dict.fromkeys(args.urls)]
+    servers = _servers(args.urls, args.api_key)
     with listen(args.host, args.port) as listening, contextlib.ExitStack() as engines:
         inside, mode = None, "chat"
         if args.run is not None:
+            from launch.chat.client import Server
             from launch.chat.engine import started
 
             inside, mode = engines.enter_context(started(args.run))
@@ -57,12 +56,37 @@ def main(argv: list[str]) -> None:
         if not is_loopback(args.host):
             print(
                 f"warning: the page listens on {args.host}: whoever reaches it uses the models"
-                f"{' and the key' if key and args.urls else ''}, without a password",
+                f"{' and the key' if any(server.key for server in servers) else ''}, without a password",
                 file=sys.stderr,
             )
         from launch.chat.serve import serve
 
         serve(servers, inside, mode, listening)
+
+
+def _servers(urls: list[str], given: str | None) -> list[Server]:
+    """Those at the URLs, with the key given for them.
+
+    The environment's was put there for another server, so it goes unasked only where nobody can read it on
+    the way.
+    """
+    from launch.chat.client import Server
+
+    name, key = ("--api-key", given) if given else ("$OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY"))
+    if urls and key and not (key.isascii() and key.isprintable()):
+        raise UserError(f"{name}: a key is made of letters, digits and signs of ASCII, which this one isn't")
+    servers = []
+    for server in dict.fromkeys(map(Server.of, urls)):
+        if key and (given or server.is_private):
+            server = Server(server.url, key)
+        elif key:
+            print(
+                f"warning: {name} isn't sent to {server.place}, where it could be read on the way: "
+                "use https, or send it all the same with --api-key",
+                file=sys.stderr,
+            )
+        servers.append(server)
+    return servers
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from launch.chat.client import Model, Server, stream
+from launch.chat.client import Model, Server, ServerError, foreign, stream
 
 SECONDS_BETWEEN_UPDATES = 0.08  # a page redrawn at each token of a fast server would freeze
 
@@ -52,16 +53,20 @@ class Progress:
     ended: str = ""  # why, when it has: "stop", "length", "stopped"
 
     def add(self, chunk: Mapping[str, Any], now: float) -> None:
-        """Take in a chunk of `/v1/chat/completions` or `/v1/completions`."""
+        """Take in a chunk of `/v1/chat/completions` or `/v1/completions`.
+
+        Raises `AttributeError` or `TypeError` for one of another form.
+        """
         for choice in chunk.get("choices") or ():
             piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             if piece:
-                self.text += piece
+                self.text += _whole(piece)
                 self.pieces += 1
                 self.first = now if self.first is None else self.first
                 self.last = now
-            self.ended = choice.get("finish_reason") or self.ended
-        self.tokens = (chunk.get("usage") or {}).get("completion_tokens") or self.tokens
+            self.ended = str(choice.get("finish_reason") or self.ended)
+        if count := (chunk.get("usage") or {}).get("completion_tokens"):
+            self.tokens = operator.index(count)
         if self.pieces == 1 and self.tokens:
             self.first_tokens = self.tokens
 
@@ -95,7 +100,7 @@ class Answering:
     """One request at work, which `stop` ends from elsewhere."""
 
     def __init__(self, server: Server, path: str, body: Mapping[str, Any]) -> None:
-        self._chunks = stream(server, path, body)
+        self._server, self._chunks = server, stream(server, path, body)
         self.progress = Progress(time.perf_counter())
         self._task: asyncio.Task | None = None
         self._stopped = False
@@ -126,8 +131,15 @@ class Answering:
         try:
             async for chunk in self._chunks:
                 self.progress.add(chunk, time.perf_counter())
+        except (AttributeError, TypeError):
+            raise ServerError(foreign(self._server)) from None
         finally:
             await self._chunks.aclose()  # type: ignore[attr-defined]
+
+
+def _whole(piece: str) -> str:
+    """A piece without halves of UTF-16 pairs, which JSON can hold and no page or request can."""
+    return piece.encode("utf-8", "replace").decode()
 
 
 def messages_of(history: Sequence[Mapping[str, str]], system: str = "") -> list[dict[str, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
 from launch.chat.client import Model, Server, ServerError, list_models
 
@@ -15,7 +17,13 @@ class Catalog:
     """The models of some servers. Those of a server that went away stay listed until it is back."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
-        self._servers = list(servers)
+        self._servers = list(dict.fromkeys(servers))
+        places = Counter(server.place for server in self._servers)
+        # Two behind one gateway are told apart by their paths alone.
+        self._places = {
+            server: server.place + (urlsplit(server.url).path if places[server.place] > 1 else "")
+            for server in self._servers
+        }
         self._models: dict[Server, list[Model]] = {}
         self._troubles: dict[Server, str] = {}
         self._asked = -_FRESH_SECONDS
@@ -59,4 +67,4 @@ class Catalog:
                 yield server, model
 
     def _name(self, server: Server, model: Model) -> str:
-        return model.name if len(self._servers) == 1 else f"{model.name} @ {server.place}"
+        return model.name if len(self._servers) == 1 else f"{model.name} @ {self._places[server]}"

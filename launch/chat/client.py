@@ -50,6 +50,12 @@ class Server:
         """Host and port, by which people tell servers apart."""
         return urlsplit(self.url).netloc.rpartition("@")[2]
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way can read what is sent there: it goes by TLS, or stays on this machine."""
+        parts = urlsplit(self.url)
+        return parts.scheme == "https" or is_loopback(parts.hostname or "")
+
 
 class Model(NamedTuple):
     """A model as its server calls it, and by whom it is served, in the server's words."""
@@ -71,7 +77,7 @@ async def list_models(server: Server) -> list[Model]:
         answer = _answer(server, response, model="")
     models = answer.get("data")
     if not isinstance(models, list):
-        raise ServerError(_foreign(server))
+        raise ServerError(foreign(server))
     return [
         Model(model["id"], str(model.get("owned_by", "")))
         for model in models
@@ -102,13 +108,13 @@ async def stream(server: Server, path: str, body: Mapping[str, Any]) -> AsyncIte
                 await response.aread()
                 _answer(server, response, body["model"])
             if "event-stream" not in response.headers.get("content-type", ""):
-                raise ServerError(_foreign(server))
+                raise ServerError(foreign(server))
             async for data in _events(response.aiter_bytes()):
                 if data == "[DONE]":
                     return
                 chunk = _parsed(data)
                 if chunk is None:
-                    raise ServerError(_foreign(server))
+                    raise ServerError(foreign(server))
                 if chunk.get("error"):
                     raise ServerError(refusal(server.place, 500, chunk, body["model"]))
                 yield chunk
@@ -175,7 +181,8 @@ def _broken_off(place: str) -> str:
     return f"The server at {place} broke off before the answer was complete: it may have stopped."
 
 
-def _foreign(server: Server) -> str:
+def foreign(server: Server) -> str:
+    """What an answer of another form than OpenAI's means, as a sentence."""
     return f"What answers at {server.place} is no OpenAI-compatible server: look for a slip in the URL."
 
 
@@ -186,14 +193,14 @@ def _answer(server: Server, response: httpx.Response, model: str) -> dict[str, A
         wait = response.headers.get("retry-after", "")
         raise ServerError(refusal(server.place, response.status_code, content or {}, model, wait))
     if content is None:
-        raise ServerError(_foreign(server))
+        raise ServerError(foreign(server))
     return content
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from core.errors import UserError
 from llm.generate import encode_prompt
-from llm.inspect.__main__ import LONGEST
+from llm.inspect import LONGEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,7 +14,17 @@ from launch.chat.catalog import Catalog
 from launch.chat.client import ServerError
 from launch.chat.look import EMPTY, said, turns
 
+_log = logging.getLogger(__name__)
+FAULT = "This page failed at the answer: the terminal that it was started in says why."
 History = list[dict[str, str]]  # messages with `role`, `content` and the `mode` they were made in
+
+# The lowest, the highest and the step of each slider, in the order of `_settings_of`.
+_RANGES: dict[str, tuple[float | int, float | int, float | int]] = {
+    "Temperature": (0, 2, 0.05),
+    "Top-p": (0.05, 1, 0.05),
+    "Top-k (0: all tokens)": (0, 200, 1),
+    "Max new tokens": (1, 4096, 1),
+}
 
 
 def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: str) -> None:
@@ -70,13 +81,16 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
                 word = said(progress.note())
                 yield {live: look.answer(past[-1], progress.text), note: word}
         except ServerError as error:
-            if working.get(session) is not answering:
-                return
             word = said(str(error), error=True)
+        except Exception:  # whatever it is, the reader gets the button to send back
+            _log.exception("an answer failed")
+            word = said(FAULT, error=True)
         finally:
             answering.stop()
-            if working.get(session) is answering:
+            if still := working.get(session) is answering:
                 del working[session]
+        if not still:
+            return
         if text := answering.progress.text:
             past = [*past, {"role": "assistant", "content": text, "mode": mode}]
         yield {
@@ -149,22 +163,27 @@ def _controls(first_mode: str) -> list[Any]:
     system = gr.Textbox(
         label="System prompt", lines=2, max_lines=6, elem_id="t2t-system", visible=first_mode == "chat"
     )
-    temperature = gr.Slider(
-        0, 2, default.temperature, step=0.05, label="Temperature", elem_id="t2t-temperature"
-    )
-    top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p")
-    top_k = gr.Slider(0, 200, default.top_k, step=1, label="Top-k (0: all tokens)")
-    most = gr.Slider(1, 4096, default.max_tokens, step=1, label="Max new tokens", elem_id="t2t-most")
+    values = (default.temperature, default.top_p, default.top_k, default.max_tokens)
+    sliders = [
+        gr.Slider(low, high, value, step=step, label=label, elem_id=f"t2t-{label.split()[0].lower()}")
+        for (label, (low, high, step)), value in zip(_RANGES.items(), values, strict=True)
+    ]
+    for slider in sliders:  # Gradio's check fails at an emptied number without a word; `_settings_of` has one
+        slider.preprocess = lambda payload: payload  # type: ignore[method-assign]
     seed = gr.Textbox(label="Seed", placeholder="empty: another answer each time", elem_id="t2t-seed")
     mode.change(
         lambda mode: gr.Textbox(visible=mode == "chat"), mode, system,
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    return [mode, system, temperature, top_p, top_k, most, seed]
+    return [mode, system, *sliders, seed]
 
 
 def _settings_of(temperature: Any, top_p: Any, top_k: Any, most: Any, seed: str) -> Settings:
     """Raises `ValueError` with a sentence."""
+    given = (temperature, top_p, top_k, most)
+    for (label, (low, high, _)), value in zip(_RANGES.items(), given, strict=True):
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{label.partition(' (')[0]} is a number from {low} to {high}.")
     seed = seed.strip()
     if seed and not (seed.isascii() and seed.isdigit() and int(seed) < 2**32):
         raise ValueError(f"The seed is a whole number from 0 to {2**32 - 1}, or nothing.")

@@ -62,7 +62,7 @@ async def ask(server: Server, model: str, text: str) -> Reading:
     answer = await post(server, "completions", body)
     try:
         reading = _echoed(answer["choices"][0]["logprobs"])
-    except (KeyError, IndexError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, OverflowError):
         reading = None
     if reading is None:
         raise ServerError(f"The server at {server.place} gives no probabilities of a prompt's tokens.")

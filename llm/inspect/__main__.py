@@ -17,6 +17,7 @@ from core.errors import UserError, run_command
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.generate import encode_prompt
+from llm.inspect import LONGEST
 from llm.model.config import ModelConfig
 from llm.tokenizer.reading import decode_utf8
 from llm.tokenizer.tokenizer import Tokenizer
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llm.inspect.lens import Inspection
-
-LONGEST = 128  # tokens that the pictures can show
 
 
 def main(argv: list[str]) -> None:

@@ -151,8 +151,8 @@ def go(page: Page, address: str, mode: str = "Complete the text", tokens: int = 
     expect(page.locator("#t2t-model input")).to_have_value(re.compile("tiny"))
     page.get_by_label(mode, exact=True).check()
     page.locator("#t2t-temperature input[type=number]").fill("0")
-    page.locator("#t2t-most input[type=number]").fill(str(tokens))
-    page.locator("#t2t-most input[type=number]").blur()
+    page.locator("#t2t-max input[type=number]").fill(str(tokens))
+    page.locator("#t2t-max input[type=number]").blur()
 
 
 def ask(page: Page, text: str) -> None:
@@ -249,6 +249,28 @@ def test_a_seed_that_is_none_and_a_text_too_long_are_sentences(page, by_url):
     assert answered(page).startswith("def one(")
 
 
+def test_an_emptied_number_is_the_lowest_once_it_is_left(page, by_url):
+    go(page, by_url)
+    most = page.locator("#t2t-max input[type=number]")
+    most.fill("")
+    ask(page, "def one(")
+    assert answered(page).startswith("def one(")
+    expect(most).to_have_value("1")
+    assert page.locator(NOTE).inner_text().startswith("1 token ")
+
+
+def test_of_two_models_of_one_name_the_chosen_one_answers(page, made, server):
+    with command(made, "--run", str(made / "runs" / "tiny"), "--url", server.url) as address:
+        go(page, address, tokens=4000)
+        page.locator("#t2t-model input").click()
+        page.get_by_role("option", name=server.url.removeprefix("http://")).click()
+        ask(page, "def main(")
+        expect(page.locator("#t2t-live .t2t-complete span")).not_to_be_empty()
+        assert server.busy_rows() == 1
+        page.click(STOP)
+        wait_for(lambda: server.busy_rows() == 0, 5)
+
+
 def test_closing_the_tab_frees_the_servers_row(page, by_url, server):
     go(page, by_url, tokens=4000)
     ask(page, "def main(")
@@ -274,8 +296,8 @@ def test_the_server_goes_in_the_middle_of_an_answer_and_comes_back(page, by_url,
     finally:
         server.start()
     expect(page.locator("#t2t-trouble")).to_be_hidden()
-    page.locator("#t2t-most input[type=number]").fill("8")
-    page.locator("#t2t-most input[type=number]").blur()
+    page.locator("#t2t-max input[type=number]").fill("8")
+    page.locator("#t2t-max input[type=number]").blur()
     page.click("#t2t-regenerate")
     assert len(answered(page)) > len("def main(")
 

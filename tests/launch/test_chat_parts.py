@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,10 +19,13 @@ import pytest
 from core.errors import UserError
 from launch.address import is_loopback
 from launch.chat import client, tokens
+from launch.chat.__main__ import _servers
 from launch.chat.answer import Answering, Progress, Settings, messages_of, request_for
 from launch.chat.catalog import Catalog
 from launch.chat.client import Model, Server, ServerError, refusal
+from launch.chat.engine import first_mode
 from launch.chat.look import as_text, turns
+from llm.chat import TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,6 +190,12 @@ def test_rates_count_from_the_first_token_and_take_the_servers_own_count(chunks,
     assert _progress(*chunks, end=end).note() == note
 
 
+def test_a_reason_that_is_no_word_and_half_a_character_do_no_harm():
+    progress = Progress(started=10.0)
+    progress.add(json.loads('{"choices": [{"text": "a\\ud83d", "finish_reason": {"a": 1}}]}'), 10.5)
+    assert progress.text == "a?" and progress.note() == f"1 piece · {HALF}"
+
+
 def test_a_count_that_comes_last_is_taken():
     progress = _progress((10.5, "a", None), (12.5, "b", None))
     progress.add({"choices": [], "usage": {"completion_tokens": 5}}, 12.5)
@@ -253,6 +263,14 @@ def test_an_abandoned_answer_closes_the_connection():
         ([STREAM, _event("one"), b'data: {"error": {"message": "no room"}}\n\n'], "one", "It says: no room."),
         ([b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>"], "", "no OpenAI-compatible server"),
         ([STREAM, b"data: 12\n\n"], "", "no OpenAI-compatible server"),
+        *[
+            ([STREAM, _event("one"), f"data: {odd}\n\n".encode()], "one", "no OpenAI-compatible server")
+            for odd in (
+                '{"choices": [null]}', '{"choices": 5}', '{"choices": {"a": 1}}', '{"usage": 5}',
+                '{"usage": {"completion_tokens": "5"}}', '{"choices": [{"delta": "x"}]}',
+                '{"choices": [{"delta": {"content": ["x"]}}]}', '{"choices": [{"text": 3}]}', "[" * 100_000,
+            )
+        ],
         ([b"nonsense\r\n\r\n"], "", "broke off before"),
         ([b"HTTP/1.1 401 no\r\ncontent-length: 0\r\n\r\n"], "", "refuses the key"),
     ],
@@ -290,6 +308,47 @@ def test_a_server_that_went_away_keeps_its_models_listed():
     asyncio.run(go())
 
 
+def _catalog(*servers: Server, models: tuple[str, ...] = ("m",)) -> Catalog:
+    """One that has been told already what the servers have."""
+    catalog = Catalog(servers)
+    catalog._models = {server: [Model(name) for name in models] for server in servers}
+    catalog._asked = math.inf
+    return catalog
+
+
+def _sending(content):
+    """A server whose every answer is this, as JSON."""
+    body = json.dumps(content).encode()
+    head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+    return _raw_server(head + body)
+
+
+def _answering(*names: str):
+    return _sending({"data": [{"id": name} for name in names]})
+
+
+def test_models_of_one_name_on_two_servers_are_told_apart():
+    async def go() -> None:
+        async with _answering("m", "other") as (one, _), _answering("m") as (two, _):
+            catalog = Catalog([one, two, one])
+            await catalog.refresh()
+            names = [f"m @ {one.place}", f"other @ {one.place}", f"m @ {two.place}"]
+            assert catalog.names == names and one.place != two.place
+            assert [catalog.find(name)[0] for name in names] == [one, one, two]
+            assert catalog.find(names[2]) == (two, Model("m"))
+            with pytest.raises(ServerError, match="Choose a model first"):
+                catalog.find("m")
+
+    asyncio.run(go())
+
+
+def test_servers_at_one_address_are_told_apart_by_their_paths():
+    a, b = (Server.of(f"https://gate.example/{team}/v1") for team in "ab")
+    catalog = _catalog(a, b)
+    assert catalog.names == ["m @ gate.example/a/v1", "m @ gate.example/b/v1"]
+    assert [catalog.find(name)[0] for name in catalog.names] == [a, b]
+
+
 HOSTILE = '<img src=x onerror="a()"> & {{value}} ${1} `b` \''
 
 
@@ -313,6 +372,29 @@ def test_a_servers_echo_becomes_tokens_with_their_alternatives():
     assert reading.tokens[1].likeliest == [("·g", pytest.approx(0.5)), ("·f", pytest.approx(0.25))]
     assert reading.following == [("\\n", pytest.approx(0.5))]
     assert tokens._echoed({"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None]}) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {}, {"choices": 5}, {"choices": {"0": 1}}, {"choices": [None]}, {"choices": [{"logprobs": None}]},
+        *[
+            {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}}]}
+            for tokens, values, tops in (
+                (["a"], [None], [None]), (["a", 5], [None, -1], [None, {}]),
+                (["a", "b"], [None, 1e9], [None, {}]), (["a", "b"], [None, "x"], [None, {}]),
+                (["a", "b"], [None, -1], [None, ["b"]]), (["a", "b"], [None, -1], [None, {"b": None}]),
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_a_server_without_an_echo_of_the_usual_form_gives_no_probabilities(answer):
+    async def go() -> None:
+        async with _sending(answer) as (server, _):
+            with pytest.raises(ServerError, match=f"{server.place} gives no probabilities"):
+                await tokens.ask(server, "m", "text")
+
+    asyncio.run(go())
 
 
 def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
@@ -340,6 +422,102 @@ def test_an_inspection_and_an_echo_of_the_same_figures_read_alike():
     }
     assert tokens.as_html(reading) == tokens.as_html(tokens._echoed(echo))
     assert ">c: 30.0 %<" in tokens.as_html(reading)
+
+
+def _page(catalog: Catalog, name: str):
+    """What the page does at an event, by the name of its function, and the page's parts by their ids."""
+    from launch.chat.page import build
+
+    page = build(catalog)
+    (does,) = {f.fn for f in page.fns.values() if getattr(f.fn, "__name__", "") == name}
+    return does, {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
+
+
+async def _sent(catalog: Catalog, chosen: str, numbers=(0, 1, 0, 8, "")) -> tuple[list[dict], dict]:
+    """The page's updates, by the ids of its parts, after "Send"."""
+    does, parts = _page(catalog, "on_send")
+    updates = does(SimpleNamespace(session_hash="s"), "Hello", [], chosen, "complete", "", *numbers)
+    named = [{part.elem_id: value for part, value in update.items()} async for update in updates]
+    return named, parts
+
+
+def test_the_model_chosen_is_the_one_that_answers():
+    async def go() -> str:
+        done = b"data: [DONE]\n\n"
+        async with (
+            _raw_server(STREAM, _event("from one"), done) as (one, _),
+            _raw_server(STREAM, _event("from two"), done) as (two, _),
+        ):
+            updates, _ = await _sent(_catalog(one, two), f"m @ {two.place}")
+            return updates[-2]["t2t-live"]
+
+    assert "from two" in asyncio.run(go())
+
+
+@pytest.mark.parametrize("fails", ["the server", "the page"])
+def test_send_comes_back_whatever_fails(fails, monkeypatch):
+    if fails == "the page":
+        monkeypatch.setattr(Progress, "note", lambda self: 1 / 0)
+
+    async def go() -> list[dict]:
+        async with _raw_server(STREAM, _event("one"), b'data: {"choices": [null]}\n\n') as (server, _):
+            return (await _sent(_catalog(server), "m"))[0]
+
+    updates = asyncio.run(go())
+    buttons = [(u["t2t-send"].visible, u["t2t-stop"].visible) for u in updates if "t2t-send" in u]
+    assert buttons == [(False, True), (True, False)]
+    word = {"the server": "no OpenAI-compatible server", "the page": "This page failed at the answer"}
+    assert word[fails] in updates[-1]["t2t-note"] and "t2t-error" in updates[-1]["t2t-note"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        (0, None, "Temperature is a number from 0 to 2."),
+        (1, 0, "Top-p is a number from 0.05 to 1."),
+        (2, "", "Top-k is a number from 0 to 200."),
+        (3, None, "Max new tokens is a number from 1 to 4096."),
+        (3, 5000, "Max new tokens is a number from 1 to 4096."),
+        (4, "-1", "The seed is a whole number from 0 to 4294967295, or nothing."),
+    ],
+)
+def test_a_number_that_is_none_is_a_sentence(place, value, sentence):
+    numbers = [0.8, 1, 0, 256, ""]
+    numbers[place] = value
+    ids = ["t2t-temperature", "t2t-top-p", "t2t-top-k", "t2t-max", "t2t-seed"]
+
+    async def go() -> tuple[list[dict], dict]:
+        return await _sent(_catalog(Server.of("http://127.0.0.1:9")), "m", numbers)
+
+    updates, parts = asyncio.run(go())
+    assert parts[ids[place]].preprocess(value) == value  # Gradio lets it through to us
+    assert sentence in updates[-1]["t2t-note"] and not any("t2t-stop" in u for u in updates)
+
+
+@pytest.mark.parametrize(
+    ("template", "mode"),
+    [(None, "complete"), (TEMPLATE, "complete"), (TEMPLATE.rstrip(), "complete"), ("{{ messages }}", "chat")],
+)
+def test_only_a_model_that_came_with_a_template_of_its_own_begins_in_chat(template, mode):
+    assert first_mode(SimpleNamespace(chat_template=template)) == mode
+
+
+@pytest.mark.parametrize(
+    ("url", "private"),
+    [
+        ("https://models.example", True), ("http://127.0.0.1:8000", True), ("http://localhost:8000", True),
+        ("http://[::1]:8000", True), ("http://models.example", False), ("http://10.0.0.1:8000", False),
+        ("http://127.0.0.1.example", False), ("http://127.0.0.1@models.example", False),
+    ],
+)  # fmt: skip
+def test_the_environments_key_goes_only_where_nobody_can_read_it(url, private, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "usual")
+    (server,) = _servers([url], None)
+    said = capsys.readouterr().err
+    assert server.key == ("usual" if private else None)
+    assert said.startswith("warning: $OPENAI_API_KEY isn't sent to") != private
+    assert [server.key for server in _servers([url, url], "given")] == ["given"]
+    assert capsys.readouterr().err == ""
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
