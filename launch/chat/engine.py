@@ -24,6 +24,6 @@ def started(folder: Path) -> Iterator[tuple[Inside, str]]:
     from launch.server.model import Served
 
     served = Served.of(folder)
-    with running(served) as url:
+    with running(served) as (url, _):
         model = Inside(Server.of(url).url, served.config, served.params, served.tokenizer, served.dtype)
         yield model, "complete" if served.tokenizer.chat_template is None else "chat"
