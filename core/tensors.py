@@ -55,6 +55,9 @@ class SavedParams:
         """The values at `index` (integers and slices of leading axes, as in NumPy) of the parameter `path`.
 
         The chunks that hold some of them are read, and nothing else; see `core.checkpoint.layout`.
+
+        Raises:
+            UserError: if the checkpoint is gone, as happens when its run is still training.
         """
         leaf: Any = self.shapes
         for key in path:
@@ -64,8 +67,16 @@ class SavedParams:
             name=".".join(path), parent_dir=self.folder, ts_context=self._context
         )
         spec = ts.Spec(ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True))
-        array = ts.open(spec, open=True, read=True, context=self._context).result()
-        return np.asarray(array[_slices(box)].read().result()).reshape(shape)
+        try:
+            array = ts.open(spec, open=True, read=True, context=self._context).result()
+            return np.asarray(array[_slices(box)].read().result()).reshape(shape)
+        except ValueError as error:
+            if self.folder.exists():
+                raise
+            raise UserError(
+                f"checkpoint {self.step} was deleted while it was read ({self.folder}), as a run that trains "
+                "does with old ones: try again, or keep more of them (checkpoint.keep)"
+            ) from error
 
     @functools.cached_property
     def _context(self) -> ts.Context:
@@ -158,7 +169,8 @@ class _Tensor:
     def __init__(self, leaf: jax.ShapeDtypeStruct, info: Any, context: ts.Context):
         self._leaf, self._info, self._context = leaf, info, context
         self._array: ts.TensorStore | None = None
-        self._written: list[Box] = []
+        self._written: set[Box] = set()
+        self._grid: tuple[int, ...] | None = None  # the first piece's extents, while all pieces keep to it
 
     async def write(self, index: Index, piece: np.ndarray) -> None:
         box = self._claim(index, piece)
@@ -184,10 +196,15 @@ class _Tensor:
                 f"{self._info.name}{list(index)} is {self._leaf.dtype}{list(shape)}, "
                 f"and the piece is {piece.dtype}{list(piece.shape)}"
             )
-        for other in self._written:
-            if all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)):
-                raise ValueError(f"{self._info.name}: {box} is written twice")
-        self._written.append(box)
+        if not self._written:
+            self._grid = tuple(stop - start for start, stop in box)
+        if self._grid is not None and not _on_grid(box, self._grid, self._leaf.shape):
+            self._grid = None
+        # Places of one grid are the same or apart, so thousands of experts aren't compared in pairs.
+        overlaps = self._grid is None and any(_overlap(box, other) for other in self._written)
+        if box in self._written or overlaps:
+            raise ValueError(f"{self._info.name}: {box} is written twice")
+        self._written.add(box)
         return box
 
     def require_complete(self) -> None:
@@ -214,6 +231,17 @@ def _select(index: Index, shape: tuple[int, ...]) -> tuple[Box, tuple[int, ...]]
     if len(index) > len(shape):
         raise IndexError(f"{index} of an array of shape {shape}")
     return tuple(box), tuple(kept)
+
+
+def _on_grid(box: Box, extents: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return all(
+        extent > 0 and start % extent == 0 and stop == min(start + extent, size)
+        for (start, stop), extent, size in zip(box, extents, shape, strict=True)
+    )
+
+
+def _overlap(box: Box, other: Box) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True))
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from core.config import to_yaml
@@ -17,14 +18,13 @@ pipeline_tag: text-generation
 
 # {name}
 
-A {architecture}, trained with token-to-tensor: the run `{run}` at step {step:,}.
-Its weights are in {dtype}{rounded}.
+A {architecture}, {origin}. Its weights are in {dtype}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 
 ## Figures
@@ -39,18 +39,19 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 
 
 def model_card(
-    name: str, family: Family, experiment: Experiment, step: int, figures: Mapping[str, Any], dtype: str
+    folder: Path, family: Family, experiment: Experiment, step: int, figures: Mapping[str, Any], dtype: str
 ) -> str:
     """Markdown, with what the run was trained with and what it reached."""
     rows = [f"| {key} | {value} |" for key, value in figures.items()]
     table = "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "The run has no summary yet."
     return _CARD.format(
-        name=name,
+        name=folder.name,
+        folder=folder,
         architecture=family.architecture,
-        run=experiment.run.name,
-        step=step,
+        origin=f"trained with token-to-tensor: the run `{experiment.run.name}` at step {step:,}"
+        if step
+        else f"from the run `{experiment.run.name}` of token-to-tensor, which has not trained it",
         dtype=dtype,
-        rounded="" if dtype == "float32" else " (rounded from the float32 that it was trained in)",
         figures=table,
         config=to_yaml(experiment),
     )

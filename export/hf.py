@@ -51,18 +51,18 @@ def main(argv: list[str]) -> None:
         devices.prepare()
     if args.source is not None:
         import_run(args.source, args.out)
-        run, folder = RunFolder.open(args.out), args.source
+        run, folder, step = RunFolder.open(args.out), args.source, 0
     else:
         run, folder = RunFolder.open(args.run), args.out
-        export_run(run, args.out, dtype)
+        step = export_run(run, args.out, dtype)
     if args.verify:
-        _verify(run, folder, dtype)
+        _verify(run, step, folder, dtype)
 
 
-def _verify(run: RunFolder, folder: Path, dtype: str) -> None:
+def _verify(run: RunFolder, step: int, folder: Path, dtype: str) -> None:
     from export.verify import LIMIT, verify
 
-    found = verify(run, folder, dtype)
+    found = verify(run, step, folder, dtype)
     rounded = "" if dtype == "float32" else f" of weights rounded to {dtype}"
     print(
         f"logits{rounded} in float32, {found.prompts} prompts of {found.tokens:,} tokens: largest difference "

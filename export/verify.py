@@ -43,10 +43,11 @@ class Verified(NamedTuple):
     same_choice: float  # share of positions where both have the same likeliest token
 
 
-def verify(run: RunFolder, folder: Path, dtype: str = "float32") -> Verified:
+def verify(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> Verified:
     """Compare the logits of a run's JAX model with those of `transformers` from `folder`, in float32.
 
     Args:
+        step: of the run's checkpoint that `folder` was made from, or that was made from it.
         dtype: of the export: both sides have the values rounded to it. Experts drop no token on either side.
 
     Raises:
@@ -59,7 +60,7 @@ def verify(run: RunFolder, folder: Path, dtype: str = "float32") -> Verified:
     )
     rows = [encode_prompt(tokenizer, text)[: min(_LONGEST, experiment.model.max_length)] for text in _PROMPTS]
     theirs = _logits_in_torch(torch, transformers, folder, rows)
-    ours = _logits_in_jax(run, experiment.model, dtype, rows)
+    ours = _logits_in_jax(run, step, experiment.model, dtype, rows)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     same = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, theirs, strict=True)])
     largest = max(float(np.abs(a).max()) for a in theirs)
@@ -110,18 +111,19 @@ def _logits_in_torch(torch: Any, transformers: Any, folder: Path, rows: list[lis
 
 
 def _logits_in_jax(
-    run: RunFolder, config: ModelConfig, dtype: str, rows: list[list[int]]
+    run: RunFolder, step: int, config: ModelConfig, dtype: str, rows: list[list[int]]
 ) -> list[np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from core.checkpoint import newest_params
+    from core.checkpoint import Checkpointer
     from llm.model.transformer import blueprint
 
     if config.moe is not None:
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity=None))
     model = blueprint(config)
-    params = newest_params(run, model.shapes)
+    with Checkpointer(run.checkpoints) as checkpointer:
+        params = checkpointer.restore_params(step, model.shapes)
     params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
 
     @jax.jit

@@ -34,11 +34,11 @@ _UNLIMITED = int(1e20)  # from here on a `model_max_length` says that there is n
 _log = logging.getLogger(__name__)
 
 
-def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> int:
     """Write the newest checkpoint's parameters to the new folder `out`, in files of at most `shard_bytes`.
 
     The memory it takes is that of a few tensors of a layer, whatever the model's size. In float32 the values
-    are those trained; in bfloat16 they are rounded to the nearest.
+    are those trained; in bfloat16 they are rounded to the nearest. Returns the step.
 
     Raises:
         UserError: if no family has such a model, or `out` exists.
@@ -53,7 +53,7 @@ def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: i
     wanted, kind = tensors(family.table, shapes), DTYPES[NAMES[dtype]]
     with new_folder(out) as folder:
         figures = read_summary(run)
-        card = model_card(out.name, family, experiment, saved.step, figures, dtype)
+        card = model_card(out, family, experiment, saved.step, figures, dtype)
         write_atomically(folder / "README.md", card)
         write_json(folder / "config.json", family.to_json(config) | _token_ids(tokenizer) | {
             "dtype": dtype, "torch_dtype": dtype,  # the name until transformers 4.56
@@ -65,6 +65,7 @@ def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: i
         sizes = {tensor.name: tensor.shape for tensor in wanted}
         write_tensors(folder, sizes, kind, _values(saved, wanted, kind), shard_bytes)
     _log.info("%s, step %d, as a %s in %s: %s", run.path, saved.step, family.name, dtype, out)
+    return saved.step
 
 
 def shapes_of(config: ModelConfig) -> dict[str, Shape]:

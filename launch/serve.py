@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 from core.errors import UserError, run_command
 from core.signals import Stop
 from launch.address import is_loopback
+
+KEY_VARIABLE = "SERVE_API_KEY"
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +34,12 @@ def main(argv: list[str]) -> None:
         "--host", default="127.0.0.1", help="who may connect; default: 127.0.0.1, this machine only"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 for a free one; default: 8000")
-    parser.add_argument("--api-key", metavar="KEY", help="refuse requests that don't bring it")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(KEY_VARIABLE),
+        metavar="KEY",
+        help=f"refuse requests that don't bring it; default: ${KEY_VARIABLE}, which others can't see in ps",
+    )
     parser.add_argument(
         "--vllm-python",
         default=sys.executable,
@@ -41,6 +49,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: there is no such folder")
+    if args.api_key == "":
+        raise UserError(f"the API key is empty, which is none: set --api-key or ${KEY_VARIABLE}, or neither")
     if not is_loopback(args.host) and args.api_key is None:
         print(f"{args.host} can be reached from other machines, and no --api-key is asked for", flush=True)
     name = args.name or args.model.resolve().name
@@ -89,12 +99,10 @@ def _server(
 
 
 def _call(url: str, name: str, api_key: str | None) -> str:
-    """A shell command that asks the server something."""
+    """A shell command that asks the server something; a key isn't written where logs would keep it."""
     body = json.dumps({"model": name, "prompt": "def read_file(path):", "max_tokens": 40})
-    key = ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
-    return shlex.join(
-        ["curl", f"{url}/completions", *key, "-H", "Content-Type: application/json", "-d", body]
-    )
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if api_key else ""
+    return f"curl {url}/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from launch.address import listen, url_of
 
 _STOP_SECONDS = 30.0  # for requests that are under way to end
 _LINES = 15  # of its last messages, that are told when it dies
-_CACHED_SEQUENCES = 8  # of full length, that the CPU's key-value cache is made for
+_CACHED_SEQUENCES = 8  # of full length, that the CPU's cache is made for, in half the memory at most
 
 # What vLLM is called on GPUs, and its build for CPUs; how many GPUs its torch sees.
 _PROBE = """
@@ -50,26 +50,27 @@ class Settings:
     cpu_cache_gib: int | None  # of keys and values; None on GPUs, where vLLM takes what is free
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], gpus: int) -> Settings:
-        """Of a Hugging Face `config.json` and the number of GPUs present.
+    def of(cls, config: Mapping[str, Any], gpus: int, memory: int) -> Settings:
+        """Of a Hugging Face `config.json`, the number of GPUs present, and the bytes of the host's memory.
 
         Raises:
-            UserError: if the configuration names no context or dtype.
+            UserError: if the configuration lacks what they follow from.
         """
-        context = config.get("max_position_embeddings")
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        if not isinstance(context, int) or not isinstance(dtype, str):
-            raise UserError(
-                "the config.json of the model names no 'max_position_embeddings' or no 'dtype': "
-                "export it again with `python -m export.hf`"
-            )
-        heads = config["num_attention_heads"]
+        config = {"dtype": config.get("torch_dtype"), **config}
+        for key in ("max_position_embeddings", "dtype", "num_attention_heads", "num_hidden_layers"):
+            if not config.get(key):
+                raise UserError(
+                    f"the config.json of the model names no '{key}': export it with `python -m export.hf`"
+                )
+        context, dtype, heads = (
+            config[key] for key in ("max_position_embeddings", "dtype", "num_attention_heads")
+        )
         # vLLM repeats key-value heads where there are fewer of them than GPUs, but only whole multiples.
         groups = config.get("num_key_value_heads") or heads
         fits = [n for n in range(1, gpus + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         token_bytes = 2 * config["num_hidden_layers"] * groups * head_dim * (4 if dtype == "float32" else 2)
-        cache = math.ceil(_CACHED_SEQUENCES * context * token_bytes / 2**30)
+        cache = min(math.ceil(_CACHED_SEQUENCES * context * token_bytes / 2**30), max(1, memory // 2**31))
         quantization = (config.get("quantization_config") or {}).get("quant_method")
         return cls(context, dtype, quantization, max(fits, default=1), None if gpus else cache)
 
@@ -120,7 +121,10 @@ def read_config(model: Path) -> dict[str, Any]:
             "--out DIR`, or serve the run itself with --engine jax"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+        return config
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} can't be read ({error}): --model takes what `python -m export.hf` wrote, or another "
@@ -154,7 +158,8 @@ def running(
     """
     config = read_config(model)
     version, gpus = probe(python)
-    settings = Settings.of(config, gpus)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    settings = Settings.of(config, gpus, memory)
     with listen(host, port) as tried:  # where it is taken, vLLM would end with a traceback
         port, root = tried.getsockname()[1], url_of(tried)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -178,6 +183,7 @@ def running(
             if (why := ended()) is not None:
                 raise UserError(why)
             yield f"{root}/v1", ended
+            Path(log.name).unlink()
         finally:
             _stop(server)
 

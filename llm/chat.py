@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,8 +87,8 @@ def encode_chat(
     written = "".join(message["role"] + message["content"] for message in messages)
     if not tokenizer.special_ids or not special.search(written):
         return tokenizer.encode(render(tokenizer, messages, template, add_generation_prompt), markup=True)
-    # A character that no message has breaks each special token's spelling until the template's own are found.
-    marker = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in written)
+    # What no message has breaks each special token's spelling until the template's own are found.
+    marker = f"\ue000{secrets.token_hex(16)}\ue000"
     broken = [
         {k: special.sub(lambda m: m[0][:1] + marker + m[0][1:], v) for k, v in message.items()}
         for message in messages
@@ -112,11 +113,12 @@ def render(
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
-            **dict(zip(_ROLES, map(tokenizer.role_token, _ROLES), strict=True)),
+            # A token that isn't there is undefined, which Jinja writes as nothing; None it would spell out.
+            **{role: token for role in _ROLES if (token := tokenizer.role_token(role)) is not None},
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses these messages: {error.message}") from None
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except Exception as error:  # a template is a program of others
         raise UserError(f"the chat template can't render these messages: {error}") from None
 
 

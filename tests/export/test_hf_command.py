@@ -123,7 +123,7 @@ def test_other_tokens_are_told(run, tmp_path):
     (tmp_path / "ours/tokenizer.json").unlink()
     save(train_bpe(["the other text, the other tokens"], 270), tmp_path / "ours")
     with pytest.raises(UserError, match="the tokenizer is not exported right"):
-        verify(RunFolder.open(run), tmp_path / "ours")
+        verify(RunFolder.open(run), 0, tmp_path / "ours")
 
 
 def test_what_stands_is_not_written_over(run, original, exported):
@@ -278,4 +278,4 @@ def test_an_export_needs_neither_torch_nor_transformers(run, tmp_path):
 def test_verifying_names_what_it_needs(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"--verify needs transformers: pip install -e '.\[export\]'"):
-        verify(RunFolder.open(run), run)
+        verify(RunFolder.open(run), 0, run)

@@ -63,7 +63,7 @@ def test_in_and_out_again(name, checkpoint, tmp_path):
     export_run(RunFolder.open(run), ours, shard_bytes=70_000)
     assert_same_bits(weights(ours), weights(theirs))
     assert len(list(ours.glob("model-*.safetensors"))) > 2
-    found = verify(RunFolder.open(run), ours)
+    found = verify(RunFolder.open(run), 0, ours)
     assert found.difference < 1e-5 and found.largest > 1 and found.same_choice == 1
 
 

@@ -39,18 +39,21 @@ SCHEME = {"quant_method": "compressed-tensors"}
     ],
 )  # fmt: skip
 def test_settings_follow_from_the_export(change, gpus, expected):
-    assert Settings.of(LLAMA3_70B | change, gpus).arguments == ["--max-model-len", "8192", *expected.split()]
+    settings = Settings.of(LLAMA3_70B | change, gpus, 2**40)
+    assert settings.arguments == ["--max-model-len", "8192", *expected.split()]
 
 
 def test_the_cpu_s_cache_holds_whole_sequences():
     # 2 (keys and values) x 80 layers x 8 heads x 128 x 2 bytes x 8192 tokens are 2.5 GiB a sequence.
-    assert Settings.of(LLAMA3_70B, 0).environment == {"VLLM_CPU_KVCACHE_SPACE": "20"}
-    assert Settings.of(LLAMA3_70B, 1).environment == {}
+    assert Settings.of(LLAMA3_70B, 0, 2**40).environment == {"VLLM_CPU_KVCACHE_SPACE": "20"}
+    assert Settings.of(LLAMA3_70B, 0, 16 * 2**30).environment == {"VLLM_CPU_KVCACHE_SPACE": "8"}
+    assert Settings.of(LLAMA3_70B, 1, 2**40).environment == {}
 
 
-def test_a_config_without_a_context_is_named():
-    with pytest.raises(UserError, match="max_position_embeddings"):
-        Settings.of({"dtype": "float32"}, 0)
+@pytest.mark.parametrize("key", ["max_position_embeddings", "dtype", "num_attention_heads"])
+def test_a_config_that_lacks_something_is_named(key):
+    with pytest.raises(UserError, match=f"names no '{key}'"):
+        Settings.of({k: v for k, v in LLAMA3_70B.items() if k != key}, 0, 2**40)
 
 
 @pytest.fixture
@@ -62,6 +65,8 @@ def export(tmp_path):
 def test_mistakes_are_named(export, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         main(["--model", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="the API key is empty"):
+        main(["--model", str(export), "--api-key", ""])
     with pytest.raises(UserError, match="can't be run"):
         main(["--model", str(export), "--vllm-python", str(tmp_path / "python")])
     with pytest.raises(UserError, match=r"has no vLLM.*--engine jax"):
