@@ -51,9 +51,7 @@ class Events(Response):
         pump = asyncio.ensure_future(self._pump(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait(
-                {pump, gone}, timeout=self.deadline.left, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({pump, gone}, timeout=self.deadline.left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.ended()
             await _end(pump, gone)

@@ -279,5 +279,5 @@ def test_a_client_that_never_reads(served, slow_steps, monkeypatch):  # noqa: F8
         health = httpx.get(f"{url}/health").json()
         assert health["running"] and health["waiting"] and not lost.is_set()
         assert lost.wait(10) and unsent[0] > 0
-        _wait_until_idle(url, tokens=64 * 100)
+        _wait_until_idle(url)
         assert httpx.get(f"{url}/health").json()["tokens"] < 64 * 100
