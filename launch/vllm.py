@@ -56,7 +56,7 @@ class Settings:
         Raises:
             UserError: if the configuration lacks what they follow from.
         """
-        config = {"dtype": config.get("torch_dtype"), **config}
+        config = {**config, "dtype": config.get("dtype") or config.get("torch_dtype")}
         for key in ("max_position_embeddings", "dtype", "num_attention_heads", "num_hidden_layers"):
             if not config.get(key):
                 raise UserError(

@@ -41,6 +41,7 @@ def test_chunks_of_the_loss_bound_its_logits():
     assert full["temporaries"] - quarter["temporaries"] > 0.95 * logits * 3 / 4
 
 
+@pytest.mark.slow
 def test_a_sweep(tmp_path, monkeypatch, capsys):
     """As its user runs it, with processes of their own, but for fewer variants."""
     two = {f"{n}": dataclasses.replace(TINY, layers=n) for n in (1, 2)}

@@ -261,6 +261,7 @@ def test_a_kill_leaves_no_checkpoint(tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0"]
 
 
+@pytest.mark.slow
 def test_memory_is_of_a_few_pieces_not_of_the_whole(tmp_path):
     """270 MB in pieces of 34 MB."""
     piece = 32 << 20

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hf_models import CASES, write
 from runs import ROOT
 
@@ -46,6 +47,7 @@ BOUND = 64e6  # bytes: some tensors of 3 MB
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
+@pytest.mark.slow
 def test_a_few_tensors_are_in_memory_at_a_time(tmp_path):
     (tmp_path / "corpus").mkdir()
     small = write("llama", tmp_path / "small", tmp_path / "corpus")

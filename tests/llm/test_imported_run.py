@@ -77,6 +77,7 @@ def test_it_trains_as_a_run_that_begins_from_them(source, corpus, tmp_path, capl
     assert Checkpointer(run / "checkpoints").steps() == [0, 4, 6], "what it began from is kept"
 
 
+@pytest.mark.slow
 def test_it_rewinds_to_them_where_it_has_no_other_checkpoint(source, corpus, tmp_path, monkeypatch):
     """It diverges on batch 1, before its first checkpoint, and on batch 8."""
     make = llm.loop.train_batch
@@ -97,6 +98,7 @@ def test_it_rewinds_to_them_where_it_has_no_other_checkpoint(source, corpus, tmp
     assert_same_parameters(run, tmp_path / "begun")
 
 
+@pytest.mark.slow
 def test_without_its_later_checkpoints_it_starts_again_from_them(source, corpus, tmp_path):
     imported = experiment(corpus, tmp_path, "imported", train={"steps": 4}, **OPTIONS)
     run = import_run(source, imported)

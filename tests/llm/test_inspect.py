@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
+from hf_models import CASES, VOCAB, make
 from numpy.testing import assert_allclose, assert_array_equal
-from test_model_parity import CASES, LENGTH, VOCAB, convert_llama, tokens
+from test_model_parity import LENGTH, tokens
 from tiny import copy_corpus, experiment
 
 from core.config import load
 from core.errors import UserError
+from export.read import read_params
 from llm.config import Experiment
 from llm.inspect import __main__ as command_line
 from llm.inspect.labels import token_labels
@@ -34,18 +36,15 @@ MODELS = ("llama", "mistral-window")
 @functools.cache
 def both(name: str):
     """Our inspection of a text, Hugging Face's output for it, and their logit lens [L, S, V]."""
-    config, make = CASES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(make(), attn_implementation="eager").float().eval()
+    config, model = CASES[name][0], make(name)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
         ids = tokens()[0]
         theirs = model(torch.tensor(ids[None]), output_attentions=True, output_hidden_states=True)
         lens = [model.lm_head(model.model.norm(x[0])) for x in theirs.hidden_states[1:-1]]
         lens = torch.log_softmax(torch.stack([*lens, theirs.logits[0]]), -1).numpy()
-    params = convert_llama(config, {name: p.detach().numpy() for name, p in model.named_parameters()})
-    params = jax.tree.map(jnp.asarray, params)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        params = read_params(Path(folder), blueprint(config).shapes)
     return config, params, ids, inspect(config, params, ids.tolist(), likeliest=5), theirs, lens
 
 

@@ -151,6 +151,7 @@ def test_a_crash_loses_only_what_came_after_the_last_checkpoint(undisturbed, cor
     assert_same_parameters(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_float16_with_an_average_is_resumed_bitwise(corpus, tmp_path, monkeypatch):
     """The first steps overflow; the checkpoint's model is the average, and training goes on from the rest."""
     monkeypatch.setattr(core.loss_scale, "INITIAL", 2.0**28)
@@ -292,6 +293,7 @@ def test_a_second_stage_goes_on_without_the_first(undisturbed, corpus, tmp_path,
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_shows_its_samples(corpus, tmp_path, capsys):
     done = experiment(
         corpus, tmp_path, eval={"prompts": ["def f(x):"], "sample_tokens": 4}, train={"steps": 1}
