@@ -154,7 +154,7 @@ def start_ours(folder: Path):
 
     served = Served.of(folder, "model")
     server = running(served, limits=Limits(rows=32))
-    return {"url": server.__enter__(), "name": "model"}, lambda: server  # kept until the process ends
+    return {"url": server.__enter__()[0], "name": "model"}, lambda: server  # kept until the process ends
 
 
 def start_transformers(folder: Path):

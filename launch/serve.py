@@ -75,12 +75,14 @@ def _server(
 
         log.setup("llm", "launch")
         devices.prepare()
+        from launch.server import check_installed
         from launch.server import running as running_jax
         from launch.server.model import Served
 
+        check_installed()
         served = Served.of(args.model, name)
-        with running_jax(served, args.host, args.port, api_key=args.api_key) as url:
-            yield f"{url}/v1", lambda: None
+        with running_jax(served, args.host, args.port, api_key=args.api_key) as (url, ended):
+            yield f"{url}/v1", ended
         return
     from launch.vllm import running as running_vllm
 

@@ -135,10 +135,11 @@ def _check_lengths(config: ModelConfig, prompts: Sequence[list[int]], max_new_to
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are {longest + max_new_tokens}, "
             f"more than model.max_length ({config.max_length}): shorten the prompt or ask for fewer tokens"
         )
-    return _power_of_two(max(longest, 16))
+    return power_of_two(max(longest, 16))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least that is at least `n`, which is at least 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -156,7 +157,7 @@ def left_pad(
 
 def cache_slots(needed: int, total: int) -> int:
     """A power of two, since every step reads all slots; no more than all tokens will take, to the next 64."""
-    return min(_power_of_two(max(needed, 64)), -(-total // 64) * 64)
+    return min(power_of_two(max(needed, 64)), -(-total // 64) * 64)
 
 
 def for_decoding(model: Transformer) -> Transformer:

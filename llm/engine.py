@@ -29,7 +29,7 @@ import numpy as np
 from core.errors import UserError
 from core.module import Params
 from llm.batching import STEPS, TOP, Drawn, Programs, Rows, compile_batching
-from llm.decode import cache_slots, left_pad
+from llm.decode import cache_slots, left_pad, power_of_two
 from llm.model.cache import empty_cache, empty_ring
 from llm.model.config import ModelConfig
 from llm.sampling import RowSampling, Sampling
@@ -301,11 +301,11 @@ class Engine:
         request = ticket.request
         length = len(request.prompt)
         ticket.key = _key(self._programs, request)
-        padded = _power_of_two(max(length, 16)) if length <= PIECE else -(-length // PIECE) * PIECE
+        padded = power_of_two(max(length, 16)) if length <= PIECE else -(-length // PIECE) * PIECE
         (tokens,), (segments,) = left_pad([request.prompt], padded)
         positions = np.maximum(np.cumsum(segments) - 1, 0).astype(np.int32)
         targets = np.append(tokens[1:], 0).astype(np.int32)
-        cache = empty_cache(self.config, 1, _power_of_two(padded), self._dtype)
+        cache = empty_cache(self.config, 1, power_of_two(padded), self._dtype)
         rows, scores = _rows([ticket]), []
         for start in range(0, padded, PIECE):
             if start:
@@ -371,7 +371,7 @@ class Engine:
         return cache_slots(max(length, 128), self.config.max_length)
 
     def _rows_for(self, count: int) -> int:
-        return min(_power_of_two(count), self.max_rows)
+        return min(power_of_two(count), self.max_rows)
 
     def _free_row(self, length: int) -> int:
         """A row for one request more, of so many tokens now."""
@@ -464,7 +464,3 @@ def _tell(ticket: Ticket, piece: Piece) -> None:
     except Exception:  # such as an event loop that has closed meanwhile
         _log.debug("nobody took a piece", exc_info=True)
         ticket.cancelled = True
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

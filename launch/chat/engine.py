@@ -29,7 +29,7 @@ def started(folder: Path) -> Iterator[tuple[Inside, str]]:
     from launch.server.model import Served
 
     served = Served.of(folder)
-    with running(served) as url:
+    with running(served) as (url, _):
         model = Inside(Server.of(url).url, served.config, served.params, served.tokenizer, served.dtype)
         yield model, first_mode(served.tokenizer)
 

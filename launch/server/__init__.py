@@ -4,6 +4,6 @@
 """
 
 from launch.server.limits import Limits
-from launch.server.run import running
+from launch.server.run import check_installed, running
 
-__all__ = ["Limits", "running"]
+__all__ = ["Limits", "check_installed", "running"]

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from core.errors import UserError
 from launch.server.answers import Answer, ChatAnswer, CompletionAnswer, Prompt
 from launch.server.errors import ApiError
-from launch.server.events import Events, while_connected
+from launch.server.events import Deadline, Events, while_connected
 from launch.server.limits import Limits
 from launch.server.model import Served
 from launch.server.protocol import Ask, ChatAsk, CompletionAsk, read
@@ -32,7 +32,13 @@ _GREEDY = 1e-5  # a temperature below which scores divided by it would overflow
 
 
 def make_app(served: Served, engine: Engine, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """The application before a started engine."""
+    """The application before a started engine.
+
+    Raises:
+        UserError: if the API key is empty.
+    """
+    if api_key is not None and not api_key.strip():
+        raise UserError("an empty API key is no key: leave it out or give one")
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     server = _Server(served, engine, limits, api_key)
     app.add_api_route("/health", server.health, methods=["GET"])
@@ -48,7 +54,7 @@ def make_app(served: Served, engine: Engine, limits: Limits, api_key: str | None
 class _Server:
     def __init__(self, served: Served, engine: Engine, limits: Limits, api_key: str | None):
         self.served, self.engine, self.limits = served, engine, limits
-        self._key = None if api_key is None else api_key.encode()
+        self._key = None if api_key is None else api_key.strip().encode()
         self._started = int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -75,7 +81,9 @@ class _Server:
 
     async def _answer(self, request: Request, kind: type[Ask]) -> Response:
         self._authorize(request)
+        _check_type(request)
         ask = read(await self._body(request), kind)
+        deadline = Deadline(self.limits.request_seconds)
         if ask.model is not None and ask.model != self.served.name:
             raise ApiError(
                 f"there is no model of this name here, only '{self.served.name}'",
@@ -83,21 +91,22 @@ class _Server:
                 status=404,
                 code="model_not_found",
             )
-        prompts = await asyncio.to_thread(self._prompts, ask)
+        if _count(ask) > self.limits.choices:
+            raise ApiError(f"prompts times 'n' may be at most {self.limits.choices}", "n")
+        prompts = await while_connected(request, asyncio.to_thread(self._read_prompts, ask), deadline)
         jobs = self._jobs(ask, prompts)
         answer_of = ChatAnswer if isinstance(ask, ChatAsk) else CompletionAnswer
         answer: Answer = answer_of(self.served, ask, prompts)
         pieces, tickets = self._submit(jobs)
-        seconds = self.limits.request_seconds
 
         def cancel() -> None:
             for ticket in tickets:
                 ticket.cancel()
 
         if ask.stream:
-            return Events(_streamed(answer, pieces, tickets), cancel, seconds)
+            return Events(_streamed(answer, pieces, tickets), cancel, deadline)
         try:
-            return JSONResponse(await while_connected(request, _whole(answer, pieces, tickets), seconds))
+            return JSONResponse(await while_connected(request, _whole(answer, pieces, tickets), deadline))
         finally:
             cancel()
 
@@ -127,6 +136,15 @@ class _Server:
             ) from None
         return bytes(body)
 
+    def _read_prompts(self, ask: Ask) -> list[Prompt]:
+        try:
+            return self._prompts(ask)
+        except ApiError:
+            raise
+        except Exception:  # a StopIteration would never leave a future, and its request hang
+            _log.exception("reading a prompt failed")
+            raise ApiError("the server failed", status=500) from None
+
     def _prompts(self, ask: Ask) -> list[Prompt]:
         tokenizer = self.served.tokenizer
         if isinstance(ask, ChatAsk):
@@ -136,8 +154,6 @@ class _Server:
             except UserError as error:
                 raise ApiError(str(error), "messages") from None
         assert isinstance(ask, CompletionAsk)
-        if len(ask.prompt) * ask.n > self.limits.choices:
-            raise ApiError(f"prompts times 'n' may be at most {self.limits.choices}", "n")
         return [
             Prompt(prompt, encode_prompt(tokenizer, prompt))
             if isinstance(prompt, str)
@@ -147,8 +163,6 @@ class _Server:
 
     def _jobs(self, ask: Ask, prompts: list[Prompt]) -> list[Job]:
         """What the engine has to do, for each prompt `n` times."""
-        if len(prompts) * ask.n > self.limits.choices:
-            raise ApiError(f"prompts times 'n' may be at most {self.limits.choices}", "n")
         vocab = self.served.config.vocab_size
         if not all(0 <= i < vocab for i in ask.stop_token_ids):
             raise ApiError(f"'stop_token_ids' has ids outside 0 to {vocab - 1}", "stop_token_ids")
@@ -222,6 +236,18 @@ class _Server:
                 retry_after=1,
             ) from None
         return pieces, tickets
+
+
+def _count(ask: Ask) -> int:
+    """Of choices."""
+    return ask.n * (len(ask.prompt) if isinstance(ask, CompletionAsk) else 1)
+
+
+def _check_type(request: Request) -> None:
+    """Without it any page in a browser of this machine could post here: of JSON it has to ask first."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != "application/json":
+        raise ApiError("the body must be JSON, with 'Content-Type: application/json'", status=415)
 
 
 async def _deltas(answer: Answer, pieces: asyncio.Queue, tickets: list[Ticket]) -> AsyncIterator[Any]:

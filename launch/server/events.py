@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -12,6 +14,20 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from launch.server.errors import ApiError
+
+_log = logging.getLogger(__name__)
+
+
+class Deadline:
+    """The end of the time that a request has, `seconds` from now."""
+
+    def __init__(self, seconds: float | int):
+        self.seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self._at - time.monotonic())
 
 
 class Events(Response):
@@ -22,8 +38,8 @@ class Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any]], ended: Callable[[], None], seconds: float):
-        self.objects, self.ended, self.seconds = objects, ended, seconds
+    def __init__(self, objects: AsyncIterator[dict[str, Any]], ended: Callable[[], None], deadline: Deadline):
+        self.objects, self.ended, self.deadline = objects, ended, deadline
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
@@ -35,15 +51,19 @@ class Events(Response):
         pump = asyncio.ensure_future(self._pump(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({pump, gone}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({pump, gone}, timeout=self.deadline.left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.ended()
             await _end(pump, gone)
 
     async def _pump(self, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for item in self.objects:
-            await self._send(send, json.dumps(item, ensure_ascii=False, allow_nan=False))
+        try:
+            async for item in self.objects:
+                await self._send(send, _json(item))
+        except Exception:
+            _log.exception("a stream failed")
+            await self._send(send, _json(ApiError("the server failed", status=500).body))
         await self._send(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -51,7 +71,11 @@ class Events(Response):
         await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+def _json(item: dict[str, Any]) -> str:
+    return json.dumps(item, ensure_ascii=False, allow_nan=False)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
     """The result of `work`, which ends when the client goes or the time is up.
 
     Raises:
@@ -60,12 +84,12 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any], seco
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
-        await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone}, timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if gone.done():
             raise ApiError("the client has gone", status=499)
-        raise ApiError(f"the answer took longer than {seconds:g} s", status=504, code="timeout")
+        raise ApiError(f"the answer took longer than {deadline.seconds:g} s", status=504, code="timeout")
     finally:
         await _end(task, gone)
 

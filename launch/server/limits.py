@@ -13,6 +13,6 @@ class Limits:
     waiting: int = 256  # and that wait for it
     choices: int = 64  # prompts x n of one request
     body_bytes: int = 4 << 20
-    body_seconds: float = 30.0  # to send the body in, and the head before it
-    request_seconds: float = 600.0  # from the body's end to the answer's
+    body_seconds: float | int = 30.0  # to send the body in, and the head before it
+    request_seconds: float | int = 600.0  # from the body's end to the answer's
     connections: int = 1024

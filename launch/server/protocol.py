@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from launch.server.errors import ApiError
 
 _MAX_INT = 2**63
+_DEPTH = 4  # of a part of a message, in `messages`
 # Fields that change nothing here, whatever they say.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"}
 # Fields of OpenAI's API, or of vLLM's, that this server lacks, with the values that ask for nothing.
@@ -118,7 +119,6 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: str
     content: str | list[Part]
-    name: str | None = None
 
     @property
     def text(self) -> str:
@@ -161,7 +161,7 @@ def read(body: bytes, kind: type[Ask]) -> Any:
         if value is None or name in IGNORED:
             continue
         if name in kind.model_fields:
-            known[name] = value
+            known[name] = _without_nulls(value, _DEPTH) if name in ("messages", "stream_options") else value
         elif name not in LACKING:
             raise ApiError(f"'{_shown(name)}' is not a field of this request", _shown(name))
         elif not any(value == neutral for neutral in LACKING[name]):
@@ -172,6 +172,15 @@ def read(body: bytes, kind: type[Ask]) -> Any:
         raise _as_api_error(error) from None
     _check(ask)
     return ask
+
+
+def _without_nulls(value: Any, depth: int) -> Any:
+    """Without the fields that are `null`: clients leave fields out so, and send answers back with them."""
+    if depth == 0:
+        return value
+    if isinstance(value, dict):
+        return {name: _without_nulls(v, depth - 1) for name, v in value.items() if v is not None}
+    return [_without_nulls(v, depth - 1) for v in value] if isinstance(value, list) else value
 
 
 def _check(ask: Ask) -> None:

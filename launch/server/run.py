@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from core.errors import UserError
@@ -25,57 +26,67 @@ def running(
     *,
     api_key: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
-) -> Iterator[str]:
-    """Serve from a thread of this process; yields the URL, such as `http://127.0.0.1:8000`.
+) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """Serve from a thread of this process; yield the URL, such as `http://127.0.0.1:8000`, and what tells why
+    the server ended, None while it runs.
 
     Port 0 takes a free one. At the end answers in the making are cut off.
 
     Raises:
-        UserError: if the port is taken, or FastAPI is missing.
+        UserError: if the port is taken, the API key is empty, or FastAPI is missing.
     """
-    with listen(host, port) as listener, _engine(served, limits) as engine:
+    check_installed()
+    with listen(host, port) as listener, contextlib.closing(_engine(served, limits)) as engine:
         server = _server(served, engine, limits, api_key)
+        began = time.monotonic()
+        engine.warm_up()
+        _log.info("compiled in %.1f s", time.monotonic() - began)
+        engine.start()
         thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
         thread.start()
+
+        def ended() -> str | None:
+            if not engine.alive:
+                return "the engine has ended: its thread's last words are above"
+            return None if thread.is_alive() else "the server has ended: its thread's last words are above"
+
         try:
             while not server.started:
                 if not thread.is_alive():
                     raise RuntimeError("the server ended before it answered")
                 time.sleep(0.01)
-            yield url_of(listener)
+            yield url_of(listener), ended
         finally:
             engine.close()
             server.should_exit = True
             thread.join()
 
 
-@contextlib.contextmanager
-def _engine(served: Served, limits: Limits) -> Iterator[Any]:
+def check_installed() -> None:
+    """Before a model is loaded and compiled for nothing.
+
+    Raises:
+        UserError: if FastAPI or Uvicorn is missing.
+    """
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serving needs the package '{package}': pip install -e '.[serve]'")
+
+
+def _engine(served: Served, limits: Limits) -> Any:
     from llm.engine import Engine
 
-    engine = Engine(
+    return Engine(
         served.config, served.params, dtype=served.dtype, max_rows=limits.rows, max_waiting=limits.waiting
     )
-    started = time.monotonic()
-    engine.warm_up()
-    _log.info("compiled in %.1f s", time.monotonic() - started)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def _server(served: Served, engine: Any, limits: Limits, api_key: str | None) -> Any:
-    try:
-        import uvicorn
+    import uvicorn
 
-        from launch.server.app import make_app
-        from launch.server.connections import ImpatientProtocol
-    except ModuleNotFoundError as error:
-        if error.name not in ("uvicorn", "fastapi", "starlette"):
-            raise
-        raise UserError(f"serving needs the package '{error.name}': pip install -e '.[serve]'") from None
+    from launch.server.app import make_app
+    from launch.server.connections import ImpatientProtocol
+
     protocol = type("Protocol", (ImpatientProtocol,), {"seconds": limits.body_seconds})
     return uvicorn.Server(
         uvicorn.Config(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tiny import random_params
 
 from core.errors import UserError
 from export.read import import_run
-from launch.server import Limits, running
+from launch.server import Limits, app, running
 from launch.server.model import Served
 from launch.server.text import StopText
 from llm import decode
@@ -49,7 +50,7 @@ def served(tmp_path_factory) -> Served:
 
 @pytest.fixture(scope="module")
 def url(served):
-    with running(served, limits=LIMITS) as url:
+    with running(served, limits=LIMITS) as (url, _):
         yield url
 
 
@@ -147,6 +148,22 @@ def test_chat(client, served):
     chunks = [*ask(messages=[messages[0], {"role": "user", "content": parts}], stream=True)]
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == choice.message.content
+
+
+def test_a_second_turn_with_the_message_that_was_answered(client, served):
+    """As OpenAI's documentation has it: with its `"refusal": null`, and what other clients leave out so."""
+    ask = functools.partial(client.chat.completions.create, model=NAME, max_tokens=4, temperature=0)
+    messages: Any = [{"role": "user", "content": "fox?"}]
+    answered = ask(messages=messages).choices[0].message
+    messages.append(answered)
+    second = ask(messages=messages)
+    plain: Any = [messages[0], {"role": "assistant", "content": answered.content}]
+    assert second.usage.prompt_tokens == len(encode_chat(served.tokenizer, plain))
+    parts = [{"type": "text", "text": "fox?", "cache_control": None}]
+    nulls: Any = [{"role": "user", "content": parts, "name": None}, answered.model_dump()]
+    options: Any = {"include_usage": True, "include_obfuscation": None}
+    *_, last = ask(messages=nulls, stream=True, stream_options=options)
+    assert last.usage == second.usage
 
 
 def test_special_tokens_spelled_in_a_message_are_text(url, served):
@@ -315,6 +332,8 @@ def test_what_asks_for_nothing_is_accepted(url):
         ([], "at least 1 item"),
         ([{"role": "wizard", "content": "hi"}], "wizard"),
         ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": "hi", "name": "me"}], "messages[0].name"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content"),
         ("hi", "valid list"),
     ],
@@ -336,7 +355,7 @@ def test_no_such_place(url):
 
 def test_a_full_queue_is_told(served, slow_steps):
     """And when there is room again, requests are taken."""
-    with running(served, limits=Limits(rows=1, waiting=1)) as url:
+    with running(served, limits=Limits(rows=1, waiting=1)) as (url, _):
         openings = [_open_stream(url)]
         next(openings[0][1])
         openings.append(_open_stream(url))
@@ -359,9 +378,11 @@ def test_a_closed_connection_frees_its_slot(url, slow_steps):
         assert httpx.get(f"{url}/health").json()["running"] == 1
         response.close()
         _wait_until_idle(url)
+    before = httpx.get(f"{url}/health").json()["tokens"]
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=LONG, timeout=0.05)
-    _wait_until_idle(url, tokens=200)
+    _wait_until_idle(url)
+    assert httpx.get(f"{url}/health").json()["tokens"] - before < 200
 
 
 LONG = {"prompt": "fox", "max_tokens": 120, "ignore_eos": True, "n": 2}
@@ -377,7 +398,7 @@ def _open_stream(url: str):
     return response, response.iter_lines()
 
 
-def _wait_until_idle(url: str, tokens: float = math.inf) -> None:
+def _wait_until_idle(url: str) -> None:
     deadline = time.monotonic() + 20
     while True:
         health = httpx.get(f"{url}/health").json()
@@ -388,7 +409,7 @@ def _wait_until_idle(url: str, tokens: float = math.inf) -> None:
 
 
 def test_an_answer_that_takes_too_long_is_cut_off(served, slow_steps):
-    with running(served, limits=Limits(rows=1, request_seconds=0.05)) as url:
+    with running(served, limits=Limits(rows=1, request_seconds=0.05)) as (url, _):
         response = post(url, **LONG)
         assert response.status_code == 504 and "longer than 0.05 s" in response.json()["error"]["message"]
         with pytest.raises(httpx.RemoteProtocolError):
@@ -397,7 +418,7 @@ def test_an_answer_that_takes_too_long_is_cut_off(served, slow_steps):
 
 
 def test_the_api_key(served):
-    with running(served, api_key="sésame", limits=LIMITS) as url:
+    with running(served, api_key="sésame", limits=LIMITS) as (url, _):
         assert httpx.get(f"{url}/health").status_code == 200
         for headers in (
             {},
@@ -410,6 +431,96 @@ def test_the_api_key(served):
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": key}).status_code == 200
 
 
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_none(served, key):
+    with pytest.raises(UserError, match="an empty API key is no key"), running(served, api_key=key):
+        pass
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_package_is_told_before_compiling(served, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(Engine, "warm_up", lambda self: pytest.fail("compiled for nothing"))
+    with pytest.raises(UserError, match=rf"needs the package '{package}'.*\[serve\]"), running(served):
+        pass
+
+
+@pytest.mark.parametrize("given", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/json"])
+def test_a_body_that_a_page_may_post_unasked_is_refused(url, given):
+    """A browser sends these types to any address; of JSON it asks the server first, which doesn't agree."""
+    headers = {} if given is None else {"Content-Type": given}
+    body = json.dumps({"prompt": "fox", "max_tokens": 1})
+    for kind in ("completions", "chat/completions"):
+        response = httpx.post(f"{url}/v1/{kind}", content=body, headers=headers)
+        assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
+    asks = {"Origin": "http://x", "Access-Control-Request-Method": "POST"}
+    response = httpx.options(f"{url}/v1/completions", headers=asks)
+    assert response.status_code == 405 and "access-control-allow-origin" not in response.headers
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert httpx.post(f"{url}/v1/completions", content=body, headers=headers).status_code == 200
+
+
+def test_a_fault_before_the_engine_is_answered(url, monkeypatch, caplog):
+    """Of any kind: a StopIteration in a thread is lost to who waits for it."""
+
+    def fail(*args):
+        raise StopIteration
+
+    monkeypatch.setattr(app, "encode_chat", fail)
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": "fox"}], "max_tokens": 1}
+    for stream in (False, True):
+        response = post(url, "chat/completions", **ask, stream=stream)
+        assert response.status_code == 500 and response.json()["error"]["message"] == "the server failed"
+    assert "StopIteration" in caplog.text
+
+
+def test_a_prompt_that_takes_too_long_to_read_is_cut_off(served, monkeypatch):
+    monkeypatch.setattr(app, "encode_prompt", lambda *args: time.sleep(2))
+    with running(served, limits=Limits(rows=1, request_seconds=0.1)) as (url, _):
+        for stream in (False, True):
+            began = time.monotonic()
+            assert post(url, prompt="fox", stream=stream).status_code == 504
+            assert time.monotonic() - began < 1.5
+
+
+def test_a_fault_in_a_stream_is_told_and_logged(url, monkeypatch, caplog):
+    add = app.CompletionAnswer.add
+    left = [None, None]
+
+    def fail(self, index, piece):
+        left.pop()  # the third time an IndexError
+        return add(self, index, piece)
+
+    monkeypatch.setattr(app.CompletionAnswer, "add", fail)
+    monkeypatch.setattr("llm.engine.STEPS", 1)
+    with caplog.at_level(logging.ERROR):
+        response = post(url, prompt="fox", max_tokens=40, ignore_eos=True, stream=True)
+    *chunks, last = events(response.text)
+    assert len(chunks) in (1, 2) and all("choices" in chunk for chunk in chunks)
+    assert last["error"]["message"] == "the server failed" and last["error"]["type"] == "server_error"
+    assert "a stream failed" in caplog.text and "IndexError: pop from empty list" in caplog.text
+    _wait_until_idle(url)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_end_of_the_engine_is_noticed(served, monkeypatch):
+    """Not of a step, which ends its requests alone, but of what is beside them."""
+
+    def fail(self):
+        raise MemoryError
+
+    with running(served, limits=LIMITS) as (url, ended):
+        assert post(url, prompt="fox", max_tokens=1).status_code == 200 and ended() is None
+        monkeypatch.setattr(Engine, "_wait", fail)
+        post(url, prompt="fox", max_tokens=1)
+        deadline = time.monotonic() + 10
+        while ended() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert "the engine has ended" in str(ended())
+        assert httpx.get(f"{url}/health").status_code == 503
+
+
 def test_a_taken_port_is_told(url, served):
     again = running(served, port=int(url.rsplit(":", 1)[1]), limits=LIMITS)
     with pytest.raises(UserError, match=r"can't listen on 127.0.0.1, port \d+.*choose another"), again:
@@ -417,7 +528,7 @@ def test_a_taken_port_is_told(url, served):
 
 
 def test_closing_ends_streams(served, slow_steps):
-    with running(served, limits=LIMITS) as url:
+    with running(served, limits=LIMITS) as (url, _):
         _, lines = _open_stream(url)
         next(lines)
     rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]

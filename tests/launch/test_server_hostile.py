@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 import socket
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from test_server import CONFIG, NAME, served  # noqa: F401
+from test_server import CONFIG, NAME, _wait_until_idle, served, slow_steps  # noqa: F401
 
 from launch.server import Limits, running
+from launch.server.connections import ImpatientProtocol
 
 LIMITS = Limits(rows=1, waiting=8, choices=6, body_bytes=50_000, body_seconds=1.0)
 # Text that each is asked for before and after: what it says must not change.
@@ -22,7 +24,7 @@ ASK = {"prompt": "fox", "max_tokens": 8, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def url(served):  # noqa: F811
-    with running(served, limits=LIMITS) as url:
+    with running(served, limits=LIMITS) as (url, _):
         yield url
 
 
@@ -86,7 +88,9 @@ MESSAGES: list[Any] = [
     [{"role": "user", "content": SURROGATE}], [{"role": SURROGATE, "content": "hi"}],
     [{"role": "<|eot_id|>", "content": "hi"}], [{"role": "user", "content": "hi", "tool_calls": []}],
     [{"role": "tool", "content": "hi"}], [{"role": "user", "content": "fox " * 5_000}],
-    [{"role": "user", "content": "hi"}] * 200,
+    [{"role": "user", "content": "hi"}] * 200, [{"role": "user", "content": "hi", "name": "me"}],
+    # No character of the private use area is left to mark the special token's spelling with.
+    [{"role": "user", "content": "<|eot_id|>" + "".join(map(chr, range(0xE000, 0xF900)))}],
 ]  # fmt: skip
 BODIES = [
     b"", b" ", b"null", b"1", b'"prompt"', b"[]", b"true", b"{", b'{"prompt"', b'{"prompt":}',
@@ -96,8 +100,12 @@ BODIES = [
     b"9" * 20_000, b'{"prompt":"x","n":' + b"9" * 9_000 + b"}", b'{"prompt":"x","top_p":1e-99999}',
     '{"prompt":"x"}'.encode("utf-16"), '{"prompt":"x"}'.encode("utf-32"), b'{"prompt":"x"}garbage',
     b"prompt=x&n=1", b"--x\r\nContent-Disposition: form-data\r\n\r\n--x--", b'{"prompt":"x\n"}',
-    b'{"prompt":"x",}', b"<xml/>",
+    b'{"prompt":"x",}', b"<xml/>", b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"messages":[' + b'{"a":' * 450 + b"1" + b"}" * 450 + b"]}",
 ]  # fmt: skip
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 def refused(response: httpx.Response, asked: Any) -> None:
@@ -107,14 +115,14 @@ def refused(response: httpx.Response, asked: Any) -> None:
 
 
 def test_wrong_values_and_bodies(url):
-    """Each wrong value alone, then several together, at both endpoints; then bodies that are no JSON."""
+    """A thousand: each wrong value alone, several together, at both endpoints; bodies that are no JSON."""
     rng, count = random.Random(0), 0
     alone = [{name: value} for name, values in WRONG.items() for value in values]
     mixed = [
         {name: rng.choice(WRONG[name]) for name in rng.sample([*WRONG], rng.randint(2, 6))}
-        for _ in range(300)
+        for _ in range(400)
     ]
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, headers=JSON, timeout=10) as client:
         for changes in alone + mixed:
             body = json.dumps({"prompt": "fox", "model": NAME, **changes}).encode()
             refused(client.post("/v1/completions", content=body), changes)
@@ -126,11 +134,12 @@ def test_wrong_values_and_bodies(url):
                 count += 1
         for messages in MESSAGES:
             refused(client.post("/v1/chat/completions", content=json.dumps({"messages": messages})), messages)
+            count += 1
         for body in BODIES:
             for kind in ("completions", "chat/completions"):
                 refused(client.post(f"/v1/{kind}", content=body), body[:80])
                 count += 1
-    assert count > 800
+    assert count >= 1000
 
 
 def test_random_json(url):
@@ -164,7 +173,7 @@ def test_random_json(url):
             return [value(depth - 1) for _ in range(rng.randint(0, 4))]
         return {rng.choice(names): value(depth - 1) for _ in range(rng.randint(0, 6))}
 
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, headers=JSON) as client:
         for number in range(400):
             asked = value(4)
             body = json.dumps(asked).encode()
@@ -190,7 +199,7 @@ def raw(url: str, data: bytes, wait: float = 5) -> bytes:
         return answer
 
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -240,19 +249,35 @@ def test_connections_that_go_in_the_middle(url):
             connection.sendall(whole[:end])
 
 
-def test_a_client_that_never_reads(served, url):  # noqa: F811
-    """Its row is free as soon as the answer is drawn; the connection is closed when its time is up."""
-    place = urlsplit(url)
-    body = json.dumps(
-        {"prompt": "fox", "max_tokens": CONFIG.max_length - 10, "stream": True, "n": 2}
-    ).encode()
-    connections = []
-    for _ in range(4):
-        connection = socket.socket()
+def test_a_client_that_never_reads(served, slow_steps, monkeypatch):  # noqa: F811
+    """When its time is up its rows are free and its connection is closed, with what it didn't take."""
+    unsent, lost = [], threading.Event()
+    look, connection_lost = ImpatientProtocol._look, ImpatientProtocol.connection_lost
+
+    def looking(self):
+        if self.transport.is_closing():
+            unsent.append(self.transport.get_write_buffer_size())
+        look(self)
+
+    def losing(self, exc):
+        connection_lost(self, exc)
+        if unsent:
+            lost.set()
+
+    monkeypatch.setattr(ImpatientProtocol, "_look", looking)
+    monkeypatch.setattr(ImpatientProtocol, "connection_lost", losing)
+    # Some kilobytes a token: what comes in the time is more than the buffers of both ends take.
+    ask = {"max_tokens": 100, "n": 64, "stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps({"messages": [{"role": "user", "content": "fox"}], "ignore_eos": True, **ask}).encode()
+    head = POST.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body)
+    limits = Limits(rows=16, request_seconds=3, body_seconds=0.5)
+    with running(served, limits=limits) as (url, _), socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        connection.connect((place.hostname, place.port))
-        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        connections.append(connection)
-    time.sleep(0.2)
-    for connection in connections:
-        connection.close()
+        connection.connect((urlsplit(url).hostname, urlsplit(url).port))
+        connection.sendall(head + body)
+        time.sleep(1)
+        health = httpx.get(f"{url}/health").json()
+        assert health["running"] and health["waiting"] and not lost.is_set()
+        assert lost.wait(10) and unsent[0] > 0
+        _wait_until_idle(url)
+        assert httpx.get(f"{url}/health").json()["tokens"] < 64 * 100
