@@ -48,7 +48,10 @@ def main(argv: list[str]) -> None:
     log.setup("llm", "export")
     dtype = SCHEMES.get(args.scheme, "float32")
     if args.verify:  # else nothing is computed, and memory that is freed had better go back
+        from export.verify import libraries
+
         devices.prepare()
+        libraries()  # before anything is written
     if args.source is not None:
         import_run(args.source, args.out)
         run, folder, step = RunFolder.open(args.out), args.source, 0

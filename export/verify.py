@@ -53,7 +53,7 @@ def verify(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> V
     Raises:
         UserError: if `transformers` lacks a tensor, or reads the prompts as other tokens.
     """
-    torch, transformers = _libraries()
+    torch, transformers = libraries()
     experiment, tokenizer = load(Experiment, run.config), Tokenizer.load(run.tokenizer)
     _check_tokens(
         tokenizer, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), folder
@@ -68,7 +68,8 @@ def verify(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> V
     return Verified(len(rows), sum(map(len, rows)), difference, largest, float(same.mean()))
 
 
-def _libraries() -> tuple[Any, Any]:
+def libraries() -> tuple[Any, Any]:
+    """torch and transformers. Raises `UserError` where one is missing."""
     try:
         import torch
         import transformers

@@ -55,11 +55,17 @@ class Catalog:
         return [self._troubles[server] for server in self._servers if server in self._troubles]
 
     def find(self, name: str | None) -> tuple[Server, Model]:
-        """The server and the model of a name. Raises `ServerError` where there is none of that name."""
+        """The server and the model of a name, or the first. Raises `ServerError` where there is none."""
         for server, model in self._all():
-            if self._name(server, model) == name:
+            if name in (None, self._name(server, model)):
                 return server, model
         raise ServerError(" ".join(self.troubles) or "Choose a model first.")
+
+    async def chosen(self, name: str | None) -> tuple[Server, Model]:
+        """As `find`, for a reader who may have been quicker than the list of models."""
+        if name is None:
+            await self.refresh()
+        return self.find(name)
 
     def _all(self) -> Iterator[tuple[Server, Model]]:
         for server in self._servers:

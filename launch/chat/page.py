@@ -106,7 +106,7 @@ def _tokens_tab(catalog: Catalog, model: gr.Dropdown, inside: Inside | None) -> 
         if not text.strip():
             return said("Give a text first."), gr.skip(), gr.skip(), gr.skip()
         try:
-            server, chosen = catalog.find(name)
+            server, chosen = await catalog.chosen(name)
             if not is_here(name):
                 html = tokens.as_html(await tokens.ask(server, chosen.name, text))
                 return "", html, gr.Dropdown(visible=False), said(NEEDS_RUN)

@@ -60,7 +60,7 @@ def chat_tab(page: gr.Blocks, catalog: Catalog, model: gr.Dropdown, first_mode: 
         """Updates of the page while the model answers the last message of `past`."""
         yield {history: past, log: turns(past), live: ""}
         try:
-            server, chosen = catalog.find(name)
+            server, chosen = await catalog.chosen(name)
             settings = _settings_of(*numbers)
         except (ServerError, ValueError) as error:
             yield {note: said(str(error), error=True)}

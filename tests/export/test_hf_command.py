@@ -275,7 +275,8 @@ def test_an_export_needs_neither_torch_nor_transformers(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_verifying_names_what_it_needs(run, monkeypatch):
+def test_verifying_names_what_it_needs_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"--verify needs transformers: pip install -e '.\[export\]'"):
-        verify(RunFolder.open(run), 0, run)
+        main(["--run", str(run), "--out", str(tmp_path / "ours"), "--verify"])
+    assert not (tmp_path / "ours").exists()
