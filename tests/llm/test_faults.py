@@ -153,6 +153,7 @@ def assert_same_run(run: Path, calm: Path) -> None:
     assert (run / "samples.md").read_text() == (calm / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_training_and_in_a_write_ends_as_if_it_had_not_been(place, calm):
     run = kill_again_and_again(place, "killed", 100, kills=2, seed=0)
     assert_same_run(run, calm)
