@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving [--model DIR] [--concurrent 1 8 32] [--rounds 3] [--vllm-python PATH]
 
-All read one Hugging Face folder, by default a Llama of 39M parameters made at random. In a turn so many
+All read one Hugging Face folder, by default a Llama of 34M parameters made at random. In a turn so many
 requests come at once, each of random tokens, greedy, for equally many new ones whatever they are; `generate`
 takes them as one batch. Variants take turns within a round, in processes of their own that are idle
 otherwise, on prompts that no turn before had: what counts is the ratio within a round. Time to first token is
