@@ -29,6 +29,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "experts": "expert",
     "norm": None,
+    "patch": None,  # of an image: rows, columns and colours
+    "positions": None,
+    "joint": None,  # the space that images and texts share
     # activations
     "act_batch": ("data", "fsdp", "expert"),
     "act_seq": "context",
