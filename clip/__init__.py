@@ -1,1 +1,1 @@
-"""CLIP: an image and a text tower whose embeddings meet in one space; training, retrieval, zero-shot."""
+"""Images and captions in one space: a dual encoder, contrastive training, zero-shot classification."""

@@ -30,6 +30,7 @@ class CLIP(nnx.Module):
     """
 
     def __init__(self, config: CLIPConfig, compute: Compute, rngs: nnx.Rngs):
+        self.config = config
         self.image = ImageTower(config.image, config.embed_dim, compute, rngs)
         self.text = TextTower(config.text, config.embed_dim, compute, rngs)
         scale = jax.nn.initializers.constant(math.log(10 if config.logit_bias else 1 / 0.07))
