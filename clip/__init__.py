@@ -1,0 +1,1 @@
+"""Image and text towers, contrastive training, zero-shot classification."""
