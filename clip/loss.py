@@ -123,9 +123,9 @@ def _sigmoid_whole(negatives: Negatives, axes, image, text, scale, bias) -> Cont
     first = _place(axes) * len(image)
     if negatives == "dense":
         image, first = _gathered(axes, image), 0
-    logits = scale * _einsum("ie,je->ij", image, _gathered(axes, text)) + bias
-    hit = _own(logits, first)
-    return _mean(axes, jax.nn.softplus(jnp.where(hit, -logits, logits)).sum(1), logits, hit)
+    cosines = _einsum("ie,je->ij", image, _gathered(axes, text))
+    logits, hit = scale * cosines + bias, _own(cosines, first)
+    return _mean(axes, jax.nn.softplus(jnp.where(hit, -logits, logits)).sum(1), cosines, hit)
 
 
 def _gathered(axes, x):
@@ -155,8 +155,8 @@ class _Rows(NamedTuple):
     """Of each of a device's images, over the captions that came by."""
 
     log_sum: Any  # logarithm of the sum of exponentials
-    top: Any  # the greatest logit
-    own: Any  # its caption's
+    top: Any  # the greatest logit (or cosine)
+    own: Any  # its own caption's
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -246,9 +246,9 @@ def _sigmoid_sums(chunk, differentiate, axes, image, text, scale, bias):
         cosines = _einsum("ie,je->ij", image, text)
         logits = jnp.where(padding, _NOTHING, scale * cosines + bias)
         total += jax.nn.softplus(jnp.where(hit, -logits, logits)).sum()
-        rows = _Rows(
-            None, jnp.maximum(rows.top, logits.max(1)), rows.own + jnp.where(hit, logits, 0).sum(1)
-        )
+        # Of cosines: a sum may be rounded in one way where its maximum is sought, in another where it is kept.
+        seen = jnp.where(padding, _NOTHING, cosines).max(1)
+        rows = _Rows(None, jnp.maximum(rows.top, seen), rows.own + jnp.where(hit, cosines, 0).sum(1))
         if differentiate:
             d_image, d_scale, d_bias = gradients
             d_logits = (jax.nn.sigmoid(logits) - hit) / batch
