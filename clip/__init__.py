@@ -1,1 +1,1 @@
-"""Image and text towers, contrastive training, zero-shot classification."""
+"""Images and captions in one space: a dual encoder, contrastive training, zero-shot classification."""

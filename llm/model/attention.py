@@ -1,12 +1,12 @@
 """The one entry to attention. A mask that a backend can't honour is an error, never an approximation.
 
-| backend     | runs on     | documents apart | window | block sparsity | dtypes            | memory |
-| ----------- | ----------- | --------------- | ------ | -------------- | ----------------- | ------ |
-| `reference` | anything    | yes             | yes    | yes            | any               | S^2    |
-| `blockwise` | anything    | yes             | yes    | yes            | any               | S      |
-| `pallas`    | NVIDIA GPUs | yes             | no     | no             | bfloat16, float16 | S      |
-| `cudnn`     | NVIDIA GPUs | no              | yes    | no             | bfloat16, float16 | S      |
-| `ring`      | anything    | yes             | yes    | no             | any               | S      |
+| backend     | runs on     | documents apart | window | block sparsity | not causal | dtypes            | memory |
+| ----------- | ----------- | --------------- | ------ | -------------- | ---------- | ----------------- | ------ |
+| `reference` | anything    | yes             | yes    | yes            | yes        | any               | S^2    |
+| `blockwise` | anything    | yes             | yes    | yes            | yes        | any               | S      |
+| `pallas`    | NVIDIA GPUs | yes             | no     | no             | no         | bfloat16, float16 | S      |
+| `cudnn`     | NVIDIA GPUs | no              | yes    | no             | yes        | bfloat16, float16 | S      |
+| `ring`      | anything    | yes             | yes    | no             | no         | any               | S      |
 
 A row without documents of its own (`starts` is None) suits all. Blockwise skips the blocks that a window or
 sparsity empties, cuDNN those outside a window. `ring` is for sequences divided over `mesh.context`: there
@@ -137,6 +137,8 @@ def attention(
         raise ValueError(f"{backend} attention needs queries and keys at the same indices: use 'reference'")
     if backend == "blockwise":
         return blockwise_attention(q, k, v, starts, mask)
+    if not mask.causal and backend in ("ring", "pallas"):
+        raise ValueError(f"{backend} attention is causal only: use 'blockwise' or 'reference'")
     if backend == "ring" and mask.sparsity is None:
         return ring_attention(q, k, v, jnp.zeros(q.shape[:2], jnp.int32) if starts is None else starts, mask)
     if mask.sparsity is not None:
@@ -150,7 +152,7 @@ def attention(
         raise ValueError("cudnn attention can't keep documents apart: use 'pallas' or 'blockwise'")
     if on_cpu:
         raise ValueError("cudnn attention runs on NVIDIA GPUs only: use 'blockwise'")
-    return cudnn_attention(q, k, v, mask.window)
+    return cudnn_attention(q, k, v, mask)
 
 
 def attention_weights(

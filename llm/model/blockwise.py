@@ -88,11 +88,11 @@ def _spans(length: int, starts: jax.Array | None, mask: Mask) -> Iterator[Span]:
     size = block_size(length)
     for first in range(0, length, size):
         stop = min(first + size, length)
-        near = mask.first_near(first, aligned=starts is None)
+        near = mask.first_near(first, aligned=starts is None) if mask.causal else 0
         far = min(mask.global_keys, near)
         # No further than to end where `near` begins, so that no key is read twice.
         far_start = None if starts is None else jnp.minimum(starts[:, first], near - far)
-        yield Span(slice(first, stop), slice(near, stop), far, far_start)
+        yield Span(slice(first, stop), slice(near, stop if mask.causal else length), far, far_start)
 
 
 def _visible(mask: Mask, span: Span, starts: jax.Array | None):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
 from core.config import config
+
+# Of an MLP. `gelu_tanh` is GELU by its approximation with tanh, `quick_gelu` by one with a sigmoid, which
+# OpenAI's CLIP has.
+Activation = Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"]
 
 
 @config
@@ -155,3 +159,48 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How many of `head_dim` dimensions are rotated."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def causal(self) -> bool:
+        """A token sees none that come later: each is predicted from those before it."""
+        return True
+
+
+@runtime_checkable
+class BlockShape(Protocol):
+    """What a block of any Transformer here reads of its model's configuration: the language model's, and the
+    towers of CLIP. `ModelConfig` says what each is.
+    """
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def mlp_dim(self) -> int: ...
+    @property
+    def norm(self) -> Literal["rms", "layer"]: ...
+    @property
+    def norm_epsilon(self) -> float: ...
+    @property
+    def activation(self) -> Activation: ...
+    @property
+    def bias(self) -> Literal["none", "qkv", "all"]: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def parallel_residual(self) -> bool: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def sparsity(self) -> Sparsity | None: ...
+    @property
+    def moe(self) -> MoEConfig | None: ...

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from core.mesh import num_shards, spec
+from llm.model.masks import Mask
 
 HEADS = ("act_batch", None, "act_heads", None)
 KV_HEADS = ("act_batch", None, "act_kv_heads", None)
@@ -19,13 +20,13 @@ BLOCKS = (128, 32)  # tokens in a block of the Pallas kernel, forward and backwa
 
 
 def cudnn_attention(
-    q: Float[Array, "B S H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"], window: int | None
+    q: Float[Array, "B S H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G K"], mask: Mask
 ) -> Float[Array, "B S H K"]:
-    """Causal attention across the whole row and, if given, fewer than `window` indices back. G divides H."""
+    """Attention across the whole row under a mask without block sparsity. G divides H."""
     kernel = functools.partial(
         jax.nn.dot_product_attention,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        is_causal=mask.causal,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
     return _on_each_device(kernel, q, k, v)

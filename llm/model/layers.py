@@ -162,8 +162,11 @@ class Norm(nnx.Module):
 def stream(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     """The residual stream, its sequence divided over `tensor` too: norms and what is kept for the backward
     pass are not repeated there (Korthikanti et al. 2022, arXiv:2205.05198).
+
+    A sequence that doesn't divide, as the patches of an image and one token more, stays whole.
     """
-    return shard(x, "act_batch", "act_stream", "act_embed")
+    divides = x.shape[1] % num_shards("act_stream") == 0
+    return shard(x, "act_batch", "act_stream" if divides else None, "act_embed")
 
 
 def whole(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

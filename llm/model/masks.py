@@ -7,6 +7,8 @@ blocks, the query's own included, and the `global_blocks` first ones: the slidin
 Longformer (Beltagy et al. 2020, arXiv:2004.05150) and BigBird (Zaheer et al. 2020, arXiv:2007.14062), causal
 and without the latter's random part.
 
+Under a mask that is not `causal`, an image's say, a query sees every key of its row.
+
 Blocks are counted from the first token of the document, not of the row. A packed document begins anywhere in
 a row, and a prompt in the cache behind some padding: what a token sees must not depend on where. (The first
 block of the row would be another document's, hidden anyway.) A document is a run of equal segment ids; where
@@ -19,28 +21,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Int
 
-from llm.model.config import ModelConfig, Sparsity
+from llm.model.config import BlockShape, Sparsity
 
 if TYPE_CHECKING:
     Array = Any  # NumPy's or JAX's
 
 
 class Mask(NamedTuple):
-    """A causal mask, with a window or block sparsity if given."""
+    """A causal mask, with a window or block sparsity if given; or one that hides nothing."""
 
     window: int | None = None
     sparsity: Sparsity | None = None
+    causal: bool = True  # if not, there is neither window nor sparsity
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Mask:
-        return cls(config.window, config.sparsity)
+    def of(cls, config: BlockShape) -> Mask:
+        return cls(config.window, config.sparsity, config.causal)
 
     def visible(self, i: Any, j: Any, start: Any = None) -> Any:
         """Whether the query at index i sees the key at index j, its document beginning at index `start`.
 
         Arguments are integers or arrays that broadcast; no `start` means that the row is one document.
+
+        Raises:
+            ValueError: for a part of a row, of a mask that is not causal: that is for causal ones alone.
         """
         seen = j <= i
+        if not self.causal:
+            if start is not None or self.window is not None or self.sparsity is not None:
+                raise ValueError("documents, windows and block sparsity are for causal attention")
+            return seen | True
         if start is not None:
             seen = seen & (j >= start)
         if self.window is not None:
@@ -74,6 +84,8 @@ class Mask(NamedTuple):
 
         The query's own key counts half: without window or sparsity that is length / 2, the triangle.
         """
+        if not self.causal:
+            return length
         if self.sparsity is None:
             window = min(self.window or length, length)
             return window - window**2 / (2 * length)

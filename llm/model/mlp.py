@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 from flax import nnx
 
 from core.mesh import shard
-from llm.model.config import ModelConfig
+from llm.model.config import BlockShape
 from llm.model.layers import Linear, swiglu
 
 
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202), or two layers with GELU."""
+GELUS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs):
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), or two layers with GELU or what stands for it."""
+
+    def __init__(self, config: BlockShape, width: int, rngs: nnx.Rngs):
         d, f, bias = config.embed_dim, width, config.bias == "all"
         into, out = ("embed", "mlp"), ("mlp", "embed")
-        gated = config.activation == "swiglu"
+        self.activation = config.activation
+        gated = self.activation == "swiglu"
         self.gate = Linear("bsd,df->bsf", (d, f), into, fan_in=d, bias=bias, rngs=rngs) if gated else None
         self.up = Linear("bsd,df->bsf", (d, f), into, fan_in=d, bias=bias, rngs=rngs)
         scale = residual_scale(config)
@@ -26,10 +35,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         up = self.up(x)
-        y = jax.nn.gelu(up, approximate=False) if self.gate is None else swiglu(self.gate(x), up)
+        y = GELUS[self.activation](up) if self.gate is None else swiglu(self.gate(x), up)
         return self.down(shard(y, "act_batch", "act_seq", "act_mlp"))
 
 
-def residual_scale(config: ModelConfig) -> float:
+def residual_scale(config: BlockShape) -> float:
     """Initial shrinking of the products that add to the residual stream (Radford et al. 2019)."""
     return 1 / math.sqrt(2 * config.num_layers)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from core.mesh import AXES, num_shards, shard, spec
 from core.module import param
-from llm.model.config import ModelConfig
+from llm.model.config import BlockShape
 from llm.model.layers import Linear, product, spread, swiglu, whole
 from llm.model.mlp import MLP, residual_scale
 from llm.model.ragged import ExpertPath, ragged_experts
@@ -50,7 +50,7 @@ class Routing(NamedTuple):
 class MoE(nnx.Module):
     """Experts of `mlp_dim` with SwiGLU, and the router that chooses among them."""
 
-    def __init__(self, config: ModelConfig, path: ExpertPath, rngs: nnx.Rngs):
+    def __init__(self, config: BlockShape, path: ExpertPath, rngs: nnx.Rngs):
         assert config.moe is not None
         self.options, self.path = config.moe, path
         d, f, e = config.embed_dim, config.mlp_dim, self.options.num_experts

@@ -19,7 +19,7 @@ from core.module import Blueprint, param, stack
 from llm.model import rope
 from llm.model.attention import Backend, attention, attention_weights, weighted_values
 from llm.model.cache import Cache, Ring, as_rows, from_rows, write
-from llm.model.config import ModelConfig
+from llm.model.config import BlockShape, ModelConfig
 from llm.model.layers import Linear, Norm, product, spread, stream, whole
 from llm.model.masks import Mask, document_starts
 from llm.model.mlp import MLP, residual_scale
@@ -55,18 +55,19 @@ class Output(NamedTuple):
 class View(NamedTuple):
     """Where the tokens at hand stand: what every layer needs to know besides its input."""
 
-    cos: Float[Array, "B S R"]
-    sin: Float[Array, "B S R"]
-    starts: Int[Array, "B S"] | None  # index of the first token of each one's document; None: the row's first
-    q_offset: int | jax.Array
+    cos: Float[Array, "B S R"] | None = None  # None, with `sin`: nothing is rotated
+    sin: Float[Array, "B S R"] | None = None
+    # Index of the first token of each one's document; None: the row's first.
+    starts: Int[Array, "B S"] | None = None
+    q_offset: int | jax.Array = 0
     slot: int | jax.Array = 0  # of the cache, into which the first token goes
     k_indices: Int[Array, " T"] | None = None  # of a cache whose slots are out of order
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023) with rotary positions."""
+    """Grouped-query self-attention (Ainslie et al. 2023), with rotary positions where the view has some."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: BlockShape, compute: Compute, rngs: nnx.Rngs):
         d, h, g, k = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         bias, out_bias = config.bias != "none", config.bias == "all"
         self.mask, self.backend = Mask.of(config), compute.attention
@@ -90,7 +91,8 @@ class Attention(nnx.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
+        if view.cos is not None and view.sin is not None:
+            q, k = rope.rotate(q, view.cos, view.sin), rope.rotate(k, view.cos, view.sin)
         q = shard(q, "act_batch", "act_seq", "act_heads", "act_head_dim")
         k = shard(k, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
         v = shard(v, "act_batch", "act_seq", "act_kv_heads", "act_head_dim")
@@ -120,7 +122,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(.)); both at once from x where `parallel_residual`."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: BlockShape, compute: Compute, rngs: nnx.Rngs):
         self.parallel = config.parallel_residual
         self.attention_norm = Norm(config.norm, config.embed_dim, config.norm_epsilon, rngs)
         self.attention = Attention(config, compute, rngs)
@@ -137,6 +139,27 @@ class Block(nnx.Module):
         else:
             z = spread(self.mlp(whole(z)))
         return stream(y + z), kv, weights, routing
+
+
+def scan_blocks(blocks: nnx.Module, x: Float[Array, "B S D"], view: View, compute: Compute, capture=False):
+    """One after the other the blocks that `core.module.stack` made one, of any Transformer.
+
+    Returns the last one's output, what `capture` asks for of each (see `Transformer`), and the routing's means
+    over blocks; the latter two None where there are none.
+    """
+    graph, stacked = nnx.split(blocks)
+
+    def body(x, params):
+        x, _, weights, routing = nnx.merge(graph, params)(x, view, None, capture)
+        return x, ({"attention": weights, "hidden": x} if capture else None, routing)
+
+    if compute.remat != "none":
+        policy = REMAT_POLICIES[compute.remat]
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not compute.scan_layers)
+    # Unrolled means unrolled by XLA, so that both forms are one program to read.
+    unroll = 1 if compute.scan_layers else len(jax.tree.leaves(stacked)[0])
+    x, (aux, routing) = jax.lax.scan(body, x, stacked, unroll=unroll)
+    return x, aux, jax.tree.map(jnp.mean, routing)
 
 
 class Transformer(nnx.Module):
@@ -194,7 +217,7 @@ class Transformer(nnx.Module):
         x = shard(table[tokens], "act_batch", "act_seq", "act_embed")
         x = spread(x.astype(self.compute.dtype))
         if cache is None:
-            x, aux, routing = self._scan_blocks(x, view, capture)
+            x, aux, routing = scan_blocks(self.blocks, x, view, self.compute, capture)
             hidden = whole(self.norm(x))
             if self.compute.attention == "ring":
                 hidden = from_zigzag(hidden)
@@ -203,21 +226,6 @@ class Transformer(nnx.Module):
         if isinstance(cache, Ring):
             return Output(whole(self.norm(x)), Ring(k, v, (cache.column + 1) % cache.slots), aux)
         return Output(whole(self.norm(x)), Cache(k, v, seen, cache.length + tokens.shape[1]), aux)
-
-    def _scan_blocks(self, x, view: View, capture: bool):
-        graph, stacked = nnx.split(self.blocks)
-
-        def body(x, params):
-            x, _, weights, routing = nnx.merge(graph, params)(x, view, None, capture)
-            return x, ({"attention": weights, "hidden": x} if capture else None, routing)
-
-        if self.compute.remat != "none":
-            policy = REMAT_POLICIES[self.compute.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.compute.scan_layers)
-        # Unrolled means unrolled by XLA, so that both forms are one program to read.
-        unroll = 1 if self.compute.scan_layers else self.config.num_layers
-        x, (aux, routing) = jax.lax.scan(body, x, stacked, unroll=unroll)
-        return x, aux, jax.tree.map(jnp.mean, routing)
 
     def _append_blocks(self, x, view: View, cache: Cache | Ring, capture: bool):
         """Layer after layer: a scan would copy weights and cache out of their stacks at every token."""

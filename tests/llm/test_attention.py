@@ -445,5 +445,5 @@ def test_cudnn_is_called_as_a_mask_of_the_same_keys(monkeypatch):
 
     monkeypatch.setattr(fused.jax.nn, "dot_product_attention", stand_in)
     for window in (None, 1, 7):
-        assert_allclose(cudnn_attention(q, k, v, window), naive(q, k, v, None, Mask(window)), atol=2e-6)
+        assert_allclose(cudnn_attention(q, k, v, Mask(window)), naive(q, k, v, None, Mask(window)), atol=2e-6)
     assert seen == ["cudnn"] * 3

@@ -15,10 +15,10 @@ from tiny import copy_corpus, experiment
 
 import llm.setup
 from core.mesh import make_mesh
+from core.state import State, split, state_shardings
 from llm.config import Experiment
 from llm.loop import train
 from llm.start import state_at
-from llm.step import State, split, state_shardings
 
 # What a run has for state, and the devices it is on and how they are arranged, each for three steps.
 COURSES: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, int]]]]] = {
