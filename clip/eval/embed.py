@@ -15,7 +15,7 @@ from clip.model.config import CLIPConfig
 from clip.model.model import pixels
 from core.mesh import mesh_parts, shardings, spec
 from core.module import Blueprint, Params
-from llm.data.prefetch import prefetch
+from core.prefetch import prefetch
 
 _READERS = 4  # threads; decoding an image lets the others go on
 
