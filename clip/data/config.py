@@ -116,7 +116,7 @@ class DataConfig:
     def _check(self):
         if any(source.embedded for source in self.sources) and (len(self.sources) > 1 or self.heldout):
             raise ValueError(
-                "'embedded' brings its own held-out split and stands alone: leave the others out, and data.heldout"
+                "'embedded' brings its own held-out split: leave other sources and data.heldout out"
             )
         if any(source.embedded for source in self.heldout or ()):
             raise ValueError("data.heldout: 'embedded' goes with itself alone: name it in data.sources")

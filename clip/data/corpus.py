@@ -2,9 +2,9 @@
 
 All images are decoded once when a source is opened for the first time, which takes about the time of an
 epoch, and what was found is kept. So a run knows its examples before it starts: no batch depends on what
-broke, an epoch has each intact image once, and a data set of the wrong format ends the run at once, not in the
-night. It also tells images by their content: what two records or two sources show twice is one example with
-the captions of both, and one image is never on both sides, whatever its copies are called.
+broke, an epoch has each intact image once, and a data set of the wrong format ends the run at once, not in
+the night. It also tells images by their content: what two records or two sources show twice is one example
+with the captions of both, and one image is never on both sides, whatever its copies are called.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from clip.data.config import DataConfig, Source
 from clip.data.images import BrokenImage, decode, from_array
@@ -92,8 +93,8 @@ class Photos:
 def open_splits(config: DataConfig, seed: int, cache: Path) -> Splits:
     """Open both sides; `cache` is a folder for what is found out about images.
 
-    Of the embedded scenes, those to train on depend on `seed`, the held-out ones do not. Other images are held
-    out by their content, whatever the seed. With `data.heldout`, what both name is held out.
+    Of the embedded scenes, those to train on depend on `seed`, the held-out ones do not. Other images are
+    held out by their content, whatever the seed. With `data.heldout`, what both name is held out.
 
     Raises:
         UserError: for a source that can't be opened, more than `broken_fraction` of broken images, or a side
@@ -216,13 +217,13 @@ def _report(source: Images, verdicts: Sequence[_Verdict], broken_fraction: float
     tally = f"{source.label}: {len(broken):,} of {total:,} images or rows are broken ({first}{more})"
     if len(broken) > broken_fraction * total:
         raise UserError(
-            f"{tally}. That is more than data.broken_fraction ({broken_fraction:g}) of them: mend the source, "
-            "or raise that"
+            f"{tally}. That is more than data.broken_fraction ({broken_fraction:g}) of them: "
+            "mend the source, or raise that"
         )
     _log.warning("%s: left out", tally)
 
 
-def _decode(raw: Raw):
+def _decode(raw: Raw) -> Image.Image:
     return from_array(raw.image) if isinstance(raw.image, np.ndarray) else decode(raw.image)
 
 

@@ -33,7 +33,8 @@ class Classes:
 class Split(Protocol):
     """Random access to the intact examples of one side: training or held out."""
 
-    classes: Classes | None
+    @property
+    def classes(self) -> Classes | None: ...
 
     @property
     def fingerprint(self) -> str:

@@ -145,8 +145,6 @@ def open_file(path: str, key: str) -> tuple[bytes, Folder]:
     full = Path(os.path.expanduser(path))
     if not full.name or full.is_dir():
         raise UserError(f"{key}: {path} is a folder: name the file in it")
-    if not any(above.exists() for above in list(full.parents)[:-1]) and not full.exists():
-        raise UserError(f"{key}: the file {path} does not exist (from {os.getcwd()})")
     try:
         folder = open_folder(str(full.parent), key)
         return folder.read(full.name), folder

@@ -31,8 +31,12 @@ class Broken(NamedTuple):
 class Images(Protocol):
     """A source, opened. It may be read in any order and in several threads."""
 
-    label: str
-    broken: tuple[Broken, ...]  # rows that name no image, or no caption
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def broken(self) -> tuple[Broken, ...]:
+        """Rows that name no image, or no caption."""
 
     @property
     def fingerprint(self) -> str:

@@ -1,8 +1,8 @@
 """Tables that name images and say what they show: CSV, TSV, JSON lines.
 
-A row that is malformed, or names no image or no caption, or whose image lies outside the folder of the images,
-is broken. So a table from elsewhere can't make a run read what stands elsewhere on a disk; `images: /` allows
-all paths.
+A row that is malformed, or names no image or no caption, or whose image lies outside the folder of the
+images, is broken. So a table from elsewhere can't make a run read what stands elsewhere on a disk;
+`images: /` allows all paths.
 """
 
 from __future__ import annotations
