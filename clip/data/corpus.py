@@ -50,7 +50,7 @@ class Entry(NamedTuple):
     """What is known of an intact image."""
 
     source: Images
-    index: int  # in its source
+    number: int  # in its source
     digest: str  # of its content
     captions: tuple[str, ...]
     label: int | None
@@ -73,9 +73,9 @@ class Photos:
 
     def __getitem__(self, index: int) -> Example:
         entry = self.entries[index]
-        name = entry.source.name(entry.index)
+        name = entry.source.name(entry.number)
         try:
-            image = _decode(entry.source.read(entry.index))
+            image = _decode(entry.source.read(entry.number))
         except BrokenImage as error:
             raise UserError(
                 f"{entry.source.label}: {name} was intact when the run started and can't be read any more "

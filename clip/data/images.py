@@ -119,7 +119,7 @@ def _random_box(
     width: int, height: int, least: float | int, random: np.random.Generator
 ) -> tuple[int, int, int, int]:
     for _ in range(_TRIES):
-        area = width * height * random.uniform(least, 1)
+        area = width * height * random.uniform(float(least), 1.0)
         ratio = math.exp(random.uniform(*map(math.log, _RATIOS)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

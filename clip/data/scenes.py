@@ -3,8 +3,8 @@
 A scene shows one or two digits of scikit-learn's bundled set (1,797 images of 8 x 8, from the UCI "Optical
 Recognition of Handwritten Digits"), each in a colour, on a dark ground that no caption speaks of. Its
 caption says what and where: "a red seven above a green two". A fifth of all pairs of a colour and a digit is
-held out: training shows each colour and each digit, but never those together. In the held-out split each scene
-shows at least one of them, alone or beside any other pair, in the hands of other writers.
+held out: training shows each colour and each digit, but never those together. In the held-out split each
+scene shows at least one of them, alone or beside any other pair, in the hands of other writers.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Scenes:
         else:
             first = _SEEN[random.integers(len(_SEEN))]
             others = _SEEN
-        pairs = (first,)
+        pairs: tuple[int, ...] = (first,)
         if not single:  # another pair than the first
             second = random.integers(len(others) - 1)
             pairs = (first, others[second + (others[second] >= first)])
