@@ -1,0 +1,110 @@
+"""Encoded bytes to pixels: decoding, what training does to an image, and what evaluation does."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+LARGEST_PIXELS = 100_000_000  # a larger image is taken for an attack or a mistake
+_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, as in torchvision
+_TRIES = 10
+
+
+class BrokenImage(Exception):
+    """Bytes that are no image that can be used. The message is the reason."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in some encoded bytes, as a person sees it: upright, opaque (on white), RGB.
+
+    Of an animation, the first frame; of 16 bits a channel, the upper 8.
+
+    Raises:
+        BrokenImage: for anything that can't be decoded whole.
+    """
+    if not data:
+        raise BrokenImage("it has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are checked here
+            image = Image.open(io.BytesIO(data))
+            width, height = image.size
+            if width * height > LARGEST_PIXELS:
+                raise BrokenImage(f"{width} x {height} pixels are too many")
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except BrokenImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BrokenImage("its pixels are too many") from None
+    except Image.UnidentifiedImageError:
+        raise BrokenImage("it is in no image format that Pillow knows") from None
+    except Exception as error:  # as many kinds as there are decoders
+        raise BrokenImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # which `convert` would clip at 255, not scale
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BrokenImage("its values are not of 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BrokenImage("its values are floating-point numbers, of no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The square in the middle of the image after its shorter side became `size`: CLIP's processor.
+
+    Bicubic, and rounded as `transformers.CLIPImageProcessor` rounds.
+    """
+    width, height = image.size
+    if (width, height) != (size, size):
+        short = min(width, height)
+        width, height = (size if side == short else int(size * side / short) for side in (width, height))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def augment(
+    image: Image.Image, size: int, crop_area: float | int, flip: bool, random: np.random.Generator
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """A random rectangle of the image, stretched to a square: torchvision's `RandomResizedCrop`, bicubic.
+
+    Args:
+        crop_area: the least share of the area; 1 for `center_crop`.
+        flip: whether half of all images are mirrored.
+    """
+    if crop_area < 1:
+        box = _random_box(*image.size, crop_area, random)
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    else:
+        pixels = center_crop(image, size)
+    return pixels[:, ::-1] if flip and random.integers(2) else pixels
+
+
+def _random_box(
+    width: int, height: int, least: float | int, random: np.random.Generator
+) -> tuple[int, int, int, int]:
+    for _ in range(_TRIES):
+        area = width * height * random.uniform(least, 1)
+        ratio = math.exp(random.uniform(*map(math.log, _RATIOS)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # A long image: the middle, as near its own shape as the ratios allow.
+    w, h = min(width, round(height * _RATIOS[1])), min(height, round(width * _RATIOS[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
