@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from core.config import to_yaml
+from clip.config import Experiment as DualExperiment
+from export.families.dual import DualFamily
 from export.families.family import Family
 from llm.config import Experiment
 
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 
 # {name}
@@ -21,10 +23,7 @@ pipeline_tag: text-generation
 A {architecture}, {origin}. Its weights are in {dtype}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+{example}
 ```
 
 ## Figures
@@ -38,15 +37,36 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 """
 
 
+_GENERATION = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")"""
+_ZERO_SHOT = """\
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+images = AutoImageProcessor.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModel.from_pretrained("{folder}")
+tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+scores = model(pixel_values=images(pictures, return_tensors="pt").pixel_values, input_ids=tokens).logits_per_image"""
+
+
 def model_card(
-    folder: Path, family: Family, experiment: Experiment, step: int, figures: Mapping[str, Any], dtype: str
+    folder: Path,
+    family: Family | DualFamily,
+    experiment: Experiment | DualExperiment,
+    step: int, figures: Mapping[str, Any],
+    dtype: str,
 ) -> str:
     """Markdown, with what the run was trained with and what it reached."""
     rows = [f"| {key} | {value} |" for key, value in figures.items()]
     table = "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "The run has no summary yet."
+    dual = isinstance(family, DualFamily)
     return _CARD.format(
+        task="zero-shot-image-classification" if dual else "text-generation",
+        example=(_ZERO_SHOT if dual else _GENERATION).format(folder=folder),
         name=folder.name,
-        folder=folder,
         architecture=family.architecture,
         origin=f"trained with token-to-tensor: the run `{experiment.run.name}` at step {step:,}"
         if step

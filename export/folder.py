@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from core.errors import UserError
-from core.files import sync_folder
+from core.files import sync_folder, write_atomically
 
 
 @contextmanager
@@ -40,3 +42,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clip.config import Experiment as DualExperiment
 from core import devices, errors, log
 from core.errors import UserError, run_command
 from core.run import RunFolder
 from export.read import import_run, read_config, read_params
-from export.write import export_run
+from export.write import export_run, read_experiment
 
 SCHEMES = {"bf16": "bfloat16"}
 
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare the logits of both models on PyTorch and JAX; exit 1 if two are more than 1e-4 apart",
+        help="compare the logits (and of a CLIP the embeddings) of both models on PyTorch and JAX; exit 1 if "
+        "two are more than 1e-4 apart",
     )
     args = parser.parse_args(argv)
     if args.source is not None and args.scheme is not None:
@@ -64,14 +66,11 @@ def main(argv: list[str]) -> None:
 
 def _verify(run: RunFolder, step: int, folder: Path, dtype: str) -> None:
     from export.verify import LIMIT, verify
+    from export.verify_dual import verify_dual
 
-    found = verify(run, step, folder, dtype)
-    rounded = "" if dtype == "float32" else f" of weights rounded to {dtype}"
-    print(
-        f"logits{rounded} in float32, {found.prompts} prompts of {found.tokens:,} tokens: largest difference "
-        f"{found.difference:.2e} (of logits up to {found.largest:.1f}), same likeliest token at "
-        f"{found.same_choice:.2%}"
-    )
+    is_dual = isinstance(read_experiment(run), DualExperiment)
+    found = (verify_dual if is_dual else verify)(run, step, folder, dtype)
+    print(found.words("" if dtype == "float32" else f" of weights rounded to {dtype}"))
     if not found.difference <= LIMIT:  # also where it is NaN
         errors.end(
             1, f"{folder} is not the model of {run.path}: {found.difference:.2e} is more than {LIMIT:g}"

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clip.model.config import CLIPConfig
 from core.config import parse, to_dict, to_yaml
 from core.errors import UserError
 from core.log import in_bytes, progress
 from core.run import RunFolder
 from export.families import named_family
+from export.families.dual import DualFamily
 from export.families.family import Family
 from export.families.table import Tensor, contiguous, tensors
+from export import dual
 from export.folder import new_folder
 from export.shards import Stored, find_tensors
 from export.write import shapes_of
@@ -34,13 +36,13 @@ _log = logging.getLogger(__name__)
 class Checkpoint(NamedTuple):
     """A checkpoint whose configuration and tensors are those of a model of ours."""
 
-    family: Family
-    config: ModelConfig
+    family: Family | DualFamily
+    config: ModelConfig | CLIPConfig
     tensors: list[Tensor]
     stored: Mapping[str, Stored]
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path) -> ModelConfig | CLIPConfig:
     """The model that the `config.json` in `folder` describes.
 
     Raises:
@@ -57,7 +59,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: if not, naming the tensor; and as `read_config` and `find_tensors` do.
     """
     config, family = read_config(folder), named_family(_read_json(folder), folder / "config.json")
-    wanted, stored = tensors(family.table, shapes_of(config)), find_tensors(folder)
+    wanted, stored = tensors(family.table, shapes_of(config)), find_tensors(folder, family.buffers)
     shapes = {tensor.name: tensor.shape for tensor in wanted}
     for name, shape in shapes.items():
         if name not in stored:
@@ -112,10 +114,13 @@ def import_run(folder: Path, out: Path) -> None:
 
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
-    tokenizer = _read_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if isinstance(config, CLIPConfig):
+        tokenizer, rows, experiment = dual.read_tokenizer(folder), config.text.vocab_size, dual.experiment
+    else:
+        tokenizer, rows, experiment = _read_tokenizer(folder), config.vocab_size, _experiment
+    if tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: "
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model {rows}: "
             "they don't belong together"
         )
     shapes: dict[str, Any] = {}
@@ -126,7 +131,7 @@ def import_run(folder: Path, out: Path) -> None:
             section = section.setdefault(key, {})
         section[name] = jax.ShapeDtypeStruct(shape, np.float32)
     with new_folder(out) as unfinished:
-        run = RunFolder.create(unfinished, to_yaml(_experiment(config, out)))
+        run = RunFolder.create(unfinished, to_yaml(experiment(config, out)))
         tokenizer.save(run.tokenizer)
         write_params(run, shapes, _pieces(checkpoint), {"imported": checkpoint.family.name})
     _log.info("%s, a %s, as the run %s", folder, checkpoint.family.name, out)
@@ -170,19 +175,22 @@ def _pieces(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, ...], tuple[int
 
 
 def _refuse_others(
-    folder: Path, family: Family, config: ModelConfig, stored: Mapping[str, Stored], known: set[str]
+    folder: Path,
+    family: Family | DualFamily,
+    config: ModelConfig | CLIPConfig,
+    stored: Mapping[str, Stored],
+    known: set[str],
 ) -> None:
-    """No tensor may be left over, but for buffers of old, and a tied head that was stored once more."""
-    head, embedding = (
-        next(r.theirs for r in family.table if r.ours == ours) for ours in ("head", "embedding")
-    )
+    """No tensor may be left over, but for a tied head that was stored once more."""
+    head, embedding = (_theirs(family, ours) for ours in ("head", "embedding"))
     for name in stored:
-        if name in known or re.fullmatch(family.buffers, name):
+        if name in known:
             continue
-        if name != head or not config.tied_head:
+        if name != head or not (isinstance(config, ModelConfig) and config.tied_head):
             raise UserError(
                 f"{folder}: config.json has no place for the tensor {name} {list(stored[name].shape)}"
             )
+        assert embedding is not None
         if stored[head].read().tobytes() != stored[embedding].read().tobytes():
             raise UserError(
                 f"{folder}: by tie_word_embeddings the head is the embedding, and {head} differs from it: "
@@ -190,9 +198,13 @@ def _refuse_others(
             )
 
 
-def _about_head(family: Family, name: str) -> str:
-    head = next(row.theirs for row in family.table if row.ours == "head")
-    return ": if the embedding is its head, config.json must say tie_word_embeddings" if name == head else ""
+def _theirs(family: Family | DualFamily, ours: str) -> str | None:
+    return next((row.theirs for row in family.table if row.ours == ours), None)
+
+
+def _about_head(family: Family | DualFamily, name: str) -> str:
+    is_head = name == _theirs(family, "head")
+    return ": if the embedding is its head, config.json must say tie_word_embeddings" if is_head else ""
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

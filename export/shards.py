@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,11 @@ def write_tensors(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path, but: str = "") -> dict[str, Stored]:
     """Every tensor of a checkpoint by name; their headers alone are read.
+
+    Args:
+        but: a regular expression for the names of tensors to pass over, of whatever type.
 
     Raises:
         UserError: if there is no safetensors file, or one is missing, cut off or damaged, or holds another
@@ -76,7 +80,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in _files(folder):
-        found |= _read_header(file)
+        found |= _read_header(file, but)
     return found
 
 
@@ -154,7 +158,7 @@ def _files(folder: Path) -> Sequence[Path]:
     raise UserError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _read_header(path: Path, but: str) -> dict[str, Stored]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -166,6 +170,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         for name, entry in entries.items():
+            if re.fullmatch(but, name):
+                continue
             shape, (start, stop) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             dtype = DTYPES.get(entry["dtype"])
             if dtype is None:

@@ -42,6 +42,14 @@ class Verified(NamedTuple):
     largest: float  # logit, in magnitude
     same_choice: float  # share of positions where both have the same likeliest token
 
+    def words(self, rounded: str) -> str:
+        """For the command line; `rounded` says what the weights were rounded to."""
+        return (
+            f"logits{rounded} in float32, {self.prompts} prompts of {self.tokens:,} tokens: largest difference "
+            f"{self.difference:.2e} (of logits up to {self.largest:.1f}), same likeliest token at "
+            f"{self.same_choice:.2%}"
+        )
+
 
 def verify(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> Verified:
     """Compare the logits of a run's JAX model with those of `transformers` from `folder`, in float32.

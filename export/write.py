@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -10,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import yaml
+
+from clip.config import Experiment as DualExperiment
+from clip.model.config import CLIPConfig
 from core.config import load
 from core.errors import UserError
 from core.files import write_atomically
 from core.log import in_bytes, progress
 from core.run import RunFolder
+from export import dual
 from export.card import model_card
-from export.families import family_of
+from export.families import dual_family_of, family_of
+from export.families.dual import DualFamily
+from export.families.family import Family
 from export.families.table import Shape, Tensor, tensors
-from export.folder import new_folder
+from export.folder import new_folder, write_json
 from export.shards import DTYPES, SHARD_BYTES, write_tensors
 from llm.chat import end_of_turn_ids, template_of
 from llm.config import Experiment
@@ -45,31 +53,47 @@ def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: i
     """
     from core.tensors import SavedParams
 
-    experiment = load(Experiment, run.config)
-    family, config = family_of(experiment.model), experiment.model
-    tokenizer, saved = Tokenizer.load(run.tokenizer), SavedParams.open(run)
-    shapes = shapes_of(config)
+    experiment = read_experiment(run)
+    family: Family | DualFamily
+    if isinstance(experiment, DualExperiment):
+        family = dual_family_of(experiment.model)
+        files = functools.partial(dual.write_files, family, experiment.model, run, dtype)
+    else:
+        family = family_of(experiment.model)
+        files = functools.partial(_write_files, family, experiment.model, run, dtype)
+    saved, shapes = SavedParams.open(run), shapes_of(experiment.model)
     _require_shapes(run, saved, shapes)
     wanted, kind = tensors(family.table, shapes), DTYPES[NAMES[dtype]]
     with new_folder(out) as folder:
-        figures = read_summary(run)
-        card = model_card(out, family, experiment, saved.step, figures, dtype)
+        card = model_card(out, family, experiment, saved.step, read_summary(run), dtype)
         write_atomically(folder / "README.md", card)
-        write_json(folder / "config.json", family.to_json(config) | _token_ids(tokenizer) | {
-            "dtype": dtype, "torch_dtype": dtype,  # the name until transformers 4.56
-        })  # fmt: skip
-        # No sampling settings: vLLM would take them for its own defaults.
-        ends = {"eos_token_id": end_of_turn_ids(tokenizer)}
-        write_json(folder / "generation_config.json", _token_ids(tokenizer) | ends)
-        _write_tokenizer(tokenizer, config, folder)
+        files(folder)
         sizes = {tensor.name: tensor.shape for tensor in wanted}
         write_tensors(folder, sizes, kind, _values(saved, wanted, kind), shard_bytes)
     _log.info("%s, step %d, as a %s in %s: %s", run.path, saved.step, family.name, dtype, out)
     return saved.step
 
 
-def shapes_of(config: ModelConfig) -> dict[str, Shape]:
+def read_experiment(run: RunFolder) -> Experiment | DualExperiment:
+    """The run's configuration, a dual encoder's where its model has an image tower.
+
+    Raises:
+        UserError: as `core.config.load` does.
+    """
+    try:
+        model = yaml.safe_load(run.config.read_text(encoding="utf-8"))["model"]
+        is_dual = "image" in model
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        is_dual = False  # and what is wrong will be told of
+    return load(DualExperiment, run.config) if is_dual else load(Experiment, run.config)
+
+
+def shapes_of(config: ModelConfig | CLIPConfig) -> dict[str, Shape]:
     """The shape of each of our parameters by its path, as `blocks.mlp.up.kernel`."""
+    if isinstance(config, CLIPConfig):
+        from clip.model.model import blueprint as dual_blueprint
+
+        return flatten(dual_blueprint(config).shapes)
     from llm.model.transformer import blueprint
 
     return flatten(blueprint(config).shapes)
@@ -95,10 +119,6 @@ def read_summary(run: RunFolder) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
 def _require_shapes(run: RunFolder, saved: SavedParams, shapes: dict[str, Shape]) -> None:
     there = flatten(saved.shapes)
     for path in [*shapes, *there]:
@@ -120,12 +140,20 @@ def _values(saved: SavedParams, wanted: list[Tensor], dtype: np.dtype) -> Iterat
             yield value
 
 
-def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {
+def _write_files(family: Family, config: ModelConfig, run: RunFolder, dtype: str, folder: Path) -> None:
+    """What a language model's folder holds beside its card and weights."""
+    tokenizer = Tokenizer.load(run.tokenizer)
+    ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
+    said = family.to_json(config) | ids
+    # The latter was the name until transformers 4.56.
+    write_json(folder / "config.json", said | {"dtype": dtype, "torch_dtype": dtype})
+    # No sampling settings: vLLM would take them for its own defaults.
+    write_json(folder / "generation_config.json", ids | {"eos_token_id": end_of_turn_ids(tokenizer)})
+    _write_tokenizer(tokenizer, config, folder)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Images with captions: sources, splits, decoding, augmentation, and batches as a function of their number."""
+"""Images with captions: sources, splits, decoding, augmentation, and batches by number."""

@@ -107,20 +107,6 @@ def batches(
     yield from _ahead(source, make, config.workers)
 
 
-def images(
-    split: Split, config: DataConfig, *, size: int, indices: Sequence[int], batch_size: int
-) -> Generator[UInt8[np.ndarray, "B {size} {size} 3"], None, None]:
-    """Some images of a split as evaluation sees them, in order, `batch_size` at a time; the last may be fewer.
-
-    Raises:
-        UserError: for an image that can't be read any more.
-    """
-    parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    yield from _ahead(
-        parts, lambda part: np.stack([center_crop(split[i].image, size) for i in part]), config.workers
-    )
-
-
 def _ahead(source: Any, make: Any, workers: int) -> Iterator[Any]:
     """`make` of each item of the source, in Grain's threads."""
     import grain  # takes a second, which `--help` should not

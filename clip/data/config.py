@@ -17,7 +17,7 @@ _OPTIONS = {
     "huggingface": ("name", "revision", "split", "image", "caption"),
     "tfds": ("dir", "split", "image", "caption"),
 }
-TEMPLATES = ("a photo of {a}",)
+TEMPLATES = ("a photo of a {}",)
 
 
 @config
@@ -44,7 +44,7 @@ class Source:
     image: str | None = None  # of a record: where its image stands; None: `image`
     # Of a record: where its caption or captions stand, None: `caption`. `a/b` is field b of (each of) a.
     caption: str | None = None
-    # What is said of a class: `{}` is its name, `{a}` the same after its article; None: `a photo of {a}`.
+    # What is said of a class, whose name is `{}`; None: `a photo of a {}`.
     templates: tuple[str, ...] | None = Field(None, min_length=1)
     split: str | None = None  # of the data set; None: `train`
     name: str | None = None  # Hugging Face: which of its configurations
@@ -72,8 +72,8 @@ class Source:
                 takes = ", ".join(_OPTIONS[kind]) or "nothing"
                 raise ValueError(f"'{option}' means nothing with '{kind}', which takes {takes}")
         for template in self.templates or ():
-            if "{}" not in template and "{a}" not in template:
-                raise ValueError(f"the template {template!r} has no place for the class: write {{}} or {{a}}")
+            if "{}" not in template:
+                raise ValueError(f"the template {template!r} has no place for the class: write {{}} there")
         return self
 
     @model_serializer
@@ -116,7 +116,7 @@ class DataConfig:
     def _check(self):
         if any(source.embedded for source in self.sources) and (len(self.sources) > 1 or self.heldout):
             raise ValueError(
-                "'embedded' brings its own held-out split and stands alone: leave the others out, and data.heldout"
+                "'embedded' brings its own held-out split: leave other sources and data.heldout out"
             )
         if any(source.embedded for source in self.heldout or ()):
             raise ValueError("data.heldout: 'embedded' goes with itself alone: name it in data.sources")

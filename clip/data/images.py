@@ -63,6 +63,27 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """The RGB image of an array [H W], [H W 1], [H W 3] or [H W 4], of 8 or 16 bits.
+
+    Raises:
+        BrokenImage: for an array of another kind.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    shape = pixels.shape
+    if (
+        pixels.dtype != np.uint8
+        or len(shape) not in (2, 3)
+        or shape[2:] not in ((), (3,), (4,))
+        or not pixels.size
+    ):
+        raise BrokenImage(f"an array of {pixels.dtype} {list(shape)} is no image")
+    return _as_rgb(Image.fromarray(pixels))
+
+
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The square in the middle of the image after its shorter side became `size`: CLIP's processor.
 
@@ -98,7 +119,7 @@ def _random_box(
     width: int, height: int, least: float | int, random: np.random.Generator
 ) -> tuple[int, int, int, int]:
     for _ in range(_TRIES):
-        area = width * height * random.uniform(least, 1)
+        area = width * height * random.uniform(float(least), 1.0)
         ratio = math.exp(random.uniform(*map(math.log, _RATIOS)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -1,10 +1,10 @@
 """Small colour scenes of real handwritten digits, made on the fly: the data that needs no files.
 
 A scene shows one or two digits of scikit-learn's bundled set (1,797 images of 8 x 8, from the UCI "Optical
-Recognition of Handwritten Digits"), each in a colour, on a dark ground that no caption speaks of. Its caption
-says what and where: "a red seven above a green two". A fifth of all pairs of a colour and a digit is held out:
-training shows each colour and each digit, but never those together, and the held-out split shows nothing
-without one of them, drawn by other writers.
+Recognition of Handwritten Digits"), each in a colour, on a dark ground that no caption speaks of. Its
+caption says what and where: "a red seven above a green two". A fifth of all pairs of a colour and a digit is
+held out: training shows each colour and each digit, but never those together. In the held-out split each
+scene shows at least one of them, alone or beside any other pair, in the hands of other writers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip.data.split import Classes, Example, fill
+from clip.data.split import Classes, Example
 from core.errors import UserError
 
 SIZE = 32  # pixels, both ways
@@ -42,7 +42,8 @@ PAIRS = tuple((colour, digit) for colour in range(len(COLOURS)) for digit in ran
 HELDOUT = tuple(digit % 5 == colour % 5 for colour, digit in PAIRS)
 NAMES = tuple(f"{list(COLOURS)[colour]} {DIGITS[digit]}" for colour, digit in PAIRS)
 
-SINGLE = ("{a}", "one {}", "a picture of {a}", "there is {a}", "a handwritten {}")
+TEMPLATES = ("one {}", "a handwritten {}", "a picture of one {}")  # what zero-shot classification says
+_SINGLE = (*TEMPLATES, "{a}", "a picture of {a}", "there is {a}")  # `{a}` is the name after its article
 _ABOVE = (
     ("{first} above {second}", False), ("{first} over {second}", False),
     ("{first} below {second}", True), ("{first} under {second}", True),
@@ -70,7 +71,7 @@ class Scenes:
 
     seed: int
     heldout: bool
-    classes = Classes(NAMES, SINGLE, HELDOUT)
+    classes = Classes(NAMES, TEMPLATES, HELDOUT)
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +105,7 @@ class Scenes:
         else:
             first = _SEEN[random.integers(len(_SEEN))]
             others = _SEEN
-        pairs = (first,)
+        pairs: tuple[int, ...] = (first,)
         if not single:  # another pair than the first
             second = random.integers(len(others) - 1)
             pairs = (first, others[second + (others[second] >= first)])
@@ -120,11 +121,16 @@ _HELD = tuple(pair for pair, held in enumerate(HELDOUT) if held)
 
 def _caption(pairs: tuple[int, ...], stacked: bool, random: np.random.Generator) -> str:
     if len(pairs) == 1:
-        return fill(SINGLE[random.integers(len(SINGLE))], NAMES[pairs[0]])
+        return _fill(_SINGLE[random.integers(len(_SINGLE))], NAMES[pairs[0]])
     templates = _ABOVE if stacked else _BESIDE
     template, swapped = templates[random.integers(len(templates))]
-    first, second = (fill("{a}", NAMES[pair]) for pair in (pairs[::-1] if swapped else pairs))
+    first, second = (_fill("{a}", NAMES[pair]) for pair in (pairs[::-1] if swapped else pairs))
     return _TWO[random.integers(len(_TWO))] + template.format(first=first, second=second)
+
+
+def _fill(template: str, name: str) -> str:
+    article = "an" if name[0] in "aeiou" else "a"
+    return template.replace("{a}", f"{article} {name}").replace("{}", name)
 
 
 @functools.cache
@@ -171,4 +177,6 @@ def _ground(random: np.random.Generator) -> Float[np.ndarray, "32 32 3"]:
     corners = random.uniform(0, 75, (2, 1, 1, 3)).astype(np.float32)
     ramp = np.linspace(0, 1, SIZE, dtype=np.float32)
     ramp = ramp[:, None, None] if random.integers(2) else ramp[None, :, None]
-    return np.ascontiguousarray(np.broadcast_to(corners[0] + ramp * (corners[1] - corners[0]), (SIZE, SIZE, 3)))
+    return np.ascontiguousarray(
+        np.broadcast_to(corners[0] + ramp * (corners[1] - corners[0]), (SIZE, SIZE, 3))
+    )

@@ -20,10 +20,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Classes:
-    """What zero-shot classification chooses from.
-
-    In a template `{}` stands for the name of a class, and `{a}` for the name after its article.
-    """
+    """What zero-shot classification chooses from. In a template `{}` stands for the name of a class."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
@@ -31,16 +28,13 @@ class Classes:
     # is left out on purpose.
     heldout: tuple[bool, ...] | None = None
 
-    def prompts(self, label: int) -> tuple[str, ...]:
-        """What could be said of an image of that class."""
-        return tuple(fill(template, self.names[label]) for template in self.templates)
-
 
 @runtime_checkable
 class Split(Protocol):
     """Random access to the intact examples of one side: training or held out."""
 
-    classes: Classes | None
+    @property
+    def classes(self) -> Classes | None: ...
 
     @property
     def fingerprint(self) -> str:
@@ -59,9 +53,3 @@ class Split(Protocol):
 
     def label(self, index: int) -> int | None:
         """That of an example, without its image."""
-
-
-def fill(template: str, name: str) -> str:
-    """A template with a class in its place. (Not `str.format`, which would read more into the braces.)"""
-    article = "an" if name[:1].lower() in set("aeiou") else "a"
-    return template.replace("{a}", f"{article} {name}").replace("{}", name)

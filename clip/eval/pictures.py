@@ -15,7 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-from core.plots import BLUE, COLORS, GRID, INK, RED, new_figure
+from core.plots import BLUE, COLORS, GRID, INK, new_figure
 
 # From near white to near black through the blue of all plots.
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6f9", "#a9cbe4", BLUE, "#0c2c47"])
@@ -83,7 +83,7 @@ def _draw_choices(axes: Axes, case: Case) -> None:
         color = _LIGHT_BLUE if text == case.truth else _LIGHT_RED if row == 0 else _LIGHT
         axes.barh(row, 1, color="#f6f7f9", height=0.84)
         axes.barh(row, probability, color=color, height=0.84)
-        axes.text(0.02, row, _cut(text, 36), va="center", fontsize=7.5, color=INK, parse_math=False)
+        axes.text(0.02, row, _cut(text, 29), va="center", fontsize=7.5, color=INK, parse_math=False)
         axes.text(1.02, row, f"{probability:.2f}", va="center", fontsize=7.5, color=INK)
     axes.set_xlim(0, 1.16)
     axes.set_ylim(len(case.choices) - 0.4, -0.6)

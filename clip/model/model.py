@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key
@@ -47,6 +48,11 @@ class CLIP(nnx.Module):
     def encode_text(self, tokens: Int[Array, "B T"], ends: Int[Array, " B"]) -> Float[Array, "B E"]:
         """Embeddings of unit length in float32; `ends` are the indices of the end-of-text tokens."""
         return unit(self.text(tokens, ends))
+
+    def logits(self, image: Float[Array, "B E"], text: Float[Array, "C E"]) -> Float[Array, "B C"]:
+        """How well each image goes with each text, of their embeddings: factor x product (+ bias)."""
+        scores = jnp.exp(self.logit_scale[...]) * jnp.einsum("be,ce->bc", image, text)
+        return scores if self.logit_bias is None else scores + self.logit_bias[...]
 
 
 def blueprint(config: CLIPConfig, compute: Compute | None = None) -> Blueprint:

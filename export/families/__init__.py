@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clip.model.config import CLIPConfig
 from core.errors import UserError
+from export.families.clip import CLIP
+from export.families.dual import DualFamily
 from export.families.family import Family
 from export.families.gpt_neox import GPT_NEOX
 from export.families.llama import LLAMA
@@ -15,9 +18,11 @@ from export.families.mixtral import MIXTRAL
 from export.families.qwen2 import QWEN2
 from export.families.qwen3 import QWEN3
 from export.families.qwen3_moe import QWEN3_MOE
+from export.families.siglip import SIGLIP
 from llm.model.config import ModelConfig
 
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT_NEOX)
+DUAL_FAMILIES = (CLIP, SIGLIP)
 _KIND = {"norm", "activation", "moe"}  # what tells kinds of models apart, before details
 
 
@@ -42,9 +47,20 @@ def family_of(config: ModelConfig) -> Family:
     return nearest
 
 
-def named_family(data: Mapping[str, Any], path: Path) -> Family:
+def dual_family_of(config: CLIPConfig) -> DualFamily:
+    """The same for a dual encoder."""
+    nearest = min(DUAL_FAMILIES, key=lambda family: len(family.missing(config)))
+    if missing := nearest.missing(config):
+        raise UserError(
+            f"no kind of dual encoder that transformers has computes what this one does: {nearest.name}, the "
+            f"nearest, would need in `model` {', '.join(missing.values())}; train a model with that to export it"
+        )
+    return nearest
+
+
+def named_family(data: Mapping[str, Any], path: Path) -> Family | DualFamily:
     """The family that a `config.json` names. Raises `UserError` for one that isn't supported."""
-    names = {family.name: family for family in FAMILIES}
+    names: dict[str, Family | DualFamily] = {family.name: family for family in (*FAMILIES, *DUAL_FAMILIES)}
     name = data.get("model_type")
     if name not in names:
         raise UserError(f"{path}: model_type is {name!r}: supported are {', '.join(names)}")

@@ -101,7 +101,7 @@ def tensors(table: Sequence[Row], shapes: Mapping[str, Shape]) -> list[Tensor]:
             layers = range(shapes[block[0].paths[0]][0])
             found += [tensor for i in layers for row in block for tensor in _at_layer(row, i, shapes)]
         else:
-            found += [Tensor(row.name(()), row, (), shapes[row.ours]) for row in group]
+            found += [Tensor(row.name(()), row, (), shapes[row.paths[0]]) for row in group]
     return found
 
 

@@ -52,11 +52,6 @@ class Tokenizer:
         byte_level = "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
         model = self._engine.model
         self._byte_fallback = not byte_level and isinstance(model, BPE) and model.byte_fallback
-        if not byte_level and not self._byte_fallback:
-            raise UserError(
-                f"the tokenizer in {path} ({type(model).__name__}) is not supported: only byte-level BPE and "
-                "BPE with byte fallback are, to which no text is unknown"
-            )
         self._engine.encode_special_tokens = True
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -67,19 +62,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             self._role(role) for role in ("bos_token", "eos_token", "pad_token")
         )
-        encoded = b"".join(map(self.token_bytes, self.encode(_PROBE)))
-        self._adds_space = encoded == b" " + _PROBE.encode()
-        if not self._adds_space and encoded != _PROBE.encode():
-            raise UserError(
-                f"the tokenizer in {path} loses text: its ids of {_PROBE!r} give back {encoded!r}; "
-                "choose one that keeps case, spaces and all characters"
-            )
-        lacking = _UTF8 - set(self._bytes.values())
-        if lacking:
-            raise UserError(
-                f"the tokenizer in {path} loses text: no token stands for {len(lacking)} of the bytes that "
-                f"UTF-8 has, such as {min(lacking)!r}; choose one that has them all"
-            )
+        self._byte_level, self._adds_space = byte_level, False
+        self._require_lossless()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -162,6 +146,27 @@ class Tokenizer:
         fallback = {self._engine.token_to_id(piece) for piece in BYTES} if self._byte_fallback else set()
         ordinary = self._bytes.keys() - set(self.special_ids.values())
         return {self._bytes[i]: i for i in sorted(ordinary, key=lambda i: (i not in fallback, -i))}
+
+    def _require_lossless(self) -> None:
+        """A kind of tokenizer that needn't keep a text may do otherwise (`clip.tokenizer`)."""
+        if not self._byte_level and not self._byte_fallback:
+            raise UserError(
+                f"the tokenizer in {self.path} ({type(self._engine.model).__name__}) is not supported: only "
+                "byte-level BPE and BPE with byte fallback are, to which no text is unknown"
+            )
+        encoded = b"".join(map(self.token_bytes, self.encode(_PROBE)))
+        self._adds_space = encoded == b" " + _PROBE.encode()
+        if not self._adds_space and encoded != _PROBE.encode():
+            raise UserError(
+                f"the tokenizer in {self.path} loses text: its ids of {_PROBE!r} give back {encoded!r}; "
+                "choose one that keeps case, spaces and all characters"
+            )
+        lacking = _UTF8 - set(self._bytes.values())
+        if lacking:
+            raise UserError(
+                f"the tokenizer in {self.path} loses text: no token stands for {len(lacking)} of the bytes "
+                f"that UTF-8 has, such as {min(lacking)!r}; choose one that has them all"
+            )
 
     def role_token(self, role: str) -> str | None:
         """The text of the token that has a role, such as `bos_token`; by its text or a description of it."""

@@ -18,7 +18,7 @@ def by_definition(images, texts, captions, names):
     similarity = images.astype(np.float64) @ texts.astype(np.float64).T
     figures = {}
     for way, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        hits = {k: 0 for k in RECALLS}
+        hits = dict.fromkeys(RECALLS, 0)
         for query, row in enumerate(matrix):
             if way == "image_to_text":
                 own = [j for j, text in enumerate(names) if text in captions[query]]

@@ -1,0 +1,1 @@
+"""Where images with captions come from: one module a kind of place."""

@@ -1,0 +1,64 @@
+"""A folder of images for each class: captions are templates with the name of the class."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from clip.data.config import TEMPLATES, Source
+from clip.data.sources.folder import Folder, open_folder
+from clip.data.sources.source import Broken, Raw
+from core.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The images below some folders. `open_classes` makes it."""
+
+    label: str
+    broken: tuple[Broken, ...]
+    names: tuple[str, ...]  # of files: CLASS/...
+    templates: tuple[str, ...]
+    folder: Folder
+
+    @property
+    def fingerprint(self) -> str:
+        parts = (self.templates, self.names, self.folder.stamp(self.names))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(sorted({self.class_name(index) for index in range(len(self))}))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def class_name(self, index: int) -> str:
+        return self.names[index].split("/")[0].replace("_", " ")
+
+    def read(self, index: int) -> Raw:
+        name = self.class_name(index)
+        captions = tuple(template.replace("{}", name) for template in self.templates)
+        return Raw(self.folder.read(self.names[index]), captions)
+
+
+def open_classes(source: Source, key: str) -> ClassFolders:
+    """List the images of each class; an underscore in the name of a folder is a space in that of its class.
+
+    Raises:
+        UserError: for a folder that is not there, or in which no folder holds images.
+    """
+    assert source.classes is not None
+    folder = open_folder(source.classes, key)
+    names = tuple(name for name in folder.names() if "/" in name and name.lower().endswith(SUFFIXES))
+    if not names:
+        raise UserError(
+            f"{key}: {source.classes} has no folder with images ({', '.join(SUFFIXES)}): each class is a "
+            "folder of its own"
+        )
+    return ClassFolders(source.classes, (), names, source.templates or TEMPLATES, folder)

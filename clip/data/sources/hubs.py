@@ -1,0 +1,144 @@
+"""Data sets of Hugging Face and TFDS that hold images with captions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clip.data.config import Source
+from clip.data.images import BrokenImage
+from clip.data.sources.source import Broken, Raw, captions_of, field, import_extra
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Records:
+    """One split of a data set. `open_huggingface` and `open_tfds` make it."""
+
+    label: str
+    broken: tuple[Broken, ...]
+    records: Any  # mappings by number
+    image: str
+    caption: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        return f"{self.label}#{index}"
+
+    def class_name(self, index: int) -> None:
+        return None
+
+    def read(self, index: int) -> Raw:
+        try:
+            record = self.records[index]
+        except Exception as error:  # of parsing, of decoding, of reading: no common base
+            raise BrokenImage(_first_line(error)) from None
+        image = field(record, self.image.split("/"))
+        if isinstance(image, dict):  # how Hugging Face keeps an image that it has not decoded
+            image = image["bytes"] if image.get("bytes") is not None else _read(image.get("path"))
+        if not isinstance(image, (bytes, np.ndarray)):
+            raise BrokenImage(f"{self.image!r} holds no image but {type(image).__name__}")
+        return Raw(image, captions_of(field(record, self.caption.split("/"))))
+
+
+def open_huggingface(source: Source, key: str) -> Records:
+    """Open a data set; what is not in the cache of `datasets` is downloaded by it.
+
+    Raises:
+        UserError: for one that is unknown or unreachable, or has no such configuration, split or column.
+    """
+    assert source.huggingface is not None
+    datasets = import_extra("datasets")
+    path = os.path.expanduser(source.huggingface)
+    local = os.path.isdir(path)
+    if local and source.revision:
+        raise UserError(f"{key}: {path} is a folder, and has no 'revision': leave that out")
+    if not local and source.huggingface.startswith(("/", "./", "../", "~")):
+        raise UserError(f"{key}: the folder {source.huggingface} does not exist")
+    try:
+        dataset = datasets.load_dataset(
+            path, source.name, split=source.split or "train", revision=source.revision
+        )
+    except Exception as error:  # as many kinds as there are ways to be no data set
+        raise UserError(
+            f"{key}: the data set {source.huggingface!r} can't be opened: {_first_line(error)}; check its "
+            "name, 'name', 'split' and 'revision', and the connection"
+        ) from None
+    image, caption = source.image or "image", source.caption or "caption"
+    _require(image, caption, list(dataset.features), key, source.huggingface)
+    top = image.split("/")[0]
+    if isinstance(dataset.features[top], datasets.Image):
+        dataset = dataset.cast_column(top, datasets.Image(decode=False))
+    dataset = dataset.select_columns(list(dict.fromkeys((top, caption.split("/")[0]))))
+    fingerprint = _fingerprint(dataset._fingerprint, image, caption)
+    return Records(source.label, (), dataset, image, caption, fingerprint)
+
+
+def open_tfds(source: Source, key: str) -> Records:
+    """Find the prepared files of a data set. TFDS decodes its images itself, without TensorFlow.
+
+    Raises:
+        UserError: for one that is unknown or not prepared, or has no such split or field.
+    """
+    assert source.tfds is not None
+    tfds = import_extra("tensorflow_datasets")
+    folder = os.path.expanduser(source.dir or "~/tensorflow_datasets")
+    prepare = f"tfds.builder({source.tfds!r}, data_dir={folder!r}, file_format='array_record')"
+    try:
+        builder = tfds.builder(source.tfds, data_dir=folder)
+    except ValueError as error:
+        raise UserError(
+            f"{key}: no data set {source.tfds!r} is prepared in {folder}, nor does TFDS know how to prepare "
+            f"one ({_first_line(error)}): name the folder it was prepared in as 'dir'"
+        ) from None
+    if not builder.info.splits:
+        raise UserError(
+            f"{key}: {source.tfds!r} is not prepared in {folder}: {prepare}.download_and_prepare() does that"
+        )
+    image, caption = source.image or "image", source.caption or "caption"
+    _require(image, caption, list(builder.info.features), key, source.tfds)
+    split = source.split or "train"
+    try:
+        records = builder.as_data_source(split)
+        files = [(str(path), os.stat(path).st_mtime_ns) for path in builder.info.splits[split].filepaths]
+    except NotImplementedError:
+        raise UserError(
+            f"{key}: {source.tfds!r} is prepared in {folder} in a format that has no random access: prepare "
+            f"it in another folder with {prepare}.download_and_prepare()"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{key}: {source.tfds!r}: {_first_line(error)}") from None
+    fingerprint = _fingerprint(builder.info.full_name, split, image, caption, len(records), files)
+    return Records(source.label, (), records, image, caption, fingerprint)
+
+
+def _require(image: str, caption: str, there: list[str], key: str, name: str) -> None:
+    for option, column in (("image", image), ("caption", caption)):
+        if column.split("/")[0] not in there:
+            raise UserError(
+                f"{key}: {name!r} has no column {column!r}; there are: {', '.join(there)}; name one with "
+                f"'{option}:'"
+            )
+
+
+def _read(path: str | None) -> bytes:
+    try:
+        with open(path or "", "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BrokenImage(f"{path}: {error.strerror}") from None
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
