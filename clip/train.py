@@ -1,4 +1,4 @@
-"""`python -m clip.train --config FILE`: from images and captions to a trained dual encoder in a run folder."""
+"""`python -m clip.train --config FILE`: from images and captions to a dual encoder in a run folder."""
 
 from __future__ import annotations
 

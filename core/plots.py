@@ -19,26 +19,31 @@ COLORS = (BLUE, RED, "#3b9c6b", "#8a5fb0", "#d98c2b", "#7a7a7a")  # of runs besi
 _COURSES = ("#9a9a9a", RED, BLUE)
 
 
-def plot_loss(metrics: Sequence[Mapping[str, float | int]], path: Path) -> None:
-    """Plot training and held-out loss (nats a token) against the tokens trained on, as a PNG at `path`.
+def plot_loss(
+    metrics: Sequence[Mapping[str, float | int]],
+    path: Path,
+    against: str = "tokens",
+    label: str = "loss (nats a token)",
+) -> None:
+    """Plot training and held-out loss against what was trained on, as a PNG at `path`.
 
     Args:
-        metrics: lines as `core.metrics.read_metrics` gives them: `tokens` (so far) and `loss` in each,
+        metrics: lines as `core.metrics.read_metrics` gives them: `against` (so far) and `loss` in each,
             `heldout_loss` in some. Values that aren't finite leave a gap.
     """
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    tokens, loss = _columns(metrics, "loss")
-    axes.plot(tokens, loss, color=BLUE, alpha=0.25, linewidth=0.8)
+    seen, loss = _columns(metrics, "loss", against)
+    axes.plot(seen, loss, color=BLUE, alpha=0.25, linewidth=0.8)
     smooth = _smoothed(loss)
-    _draw(axes, tokens, smooth, "training (smoothed)", color=BLUE, linewidth=2)
-    heldout_tokens, heldout = _columns(metrics, "heldout_loss")
-    _draw(axes, heldout_tokens, heldout, "held-out", color=RED, linewidth=1.6, marker="o", markersize=5)
+    _draw(axes, seen, smooth, "training (smoothed)", color=BLUE, linewidth=2)
+    heldout_seen, heldout = _columns(metrics, "heldout_loss", against)
+    _draw(axes, heldout_seen, heldout, "held-out", color=RED, linewidth=1.6, marker="o", markersize=5)
     shown = np.concatenate([smooth[len(smooth) // 20 :], heldout])
     if shown.size and shown.min() < shown.max():
         room = 0.08 * (shown.max() - shown.min())
         axes.set_ylim(shown.min() - room, shown.max() + room)  # the first steps' fall would flatten the rest
-    style(axes, "loss (nats a token)")
+    style(axes, label, against)
     save(figure, path)
 
 
@@ -72,7 +77,7 @@ def plot_by_position(starts: np.ndarray, losses: Mapping[str, np.ndarray], path:
 
 
 def _columns(
-    metrics: Sequence[Mapping[str, float | int]], name: str, against: str = "tokens"
+    metrics: Sequence[Mapping[str, float | int]], name: str, against: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values (points,) of `against` and `name` in the lines that have a finite `name`."""
     rows = [(row[against], row[name]) for row in metrics if name in row and np.isfinite(row[name])]
