@@ -102,7 +102,7 @@ def _round(training: Training, checkpointer: Checkpointer, number: int) -> Round
 
 
 def _save(training: Training, checkpointer: Checkpointer, number: int) -> None:
-    from llm.step import split
+    from core.state import split
 
     checkpointer.save(number, *split(training.state), {})
 

@@ -22,9 +22,9 @@ from core.config import load
 from core.errors import UserError, run_command
 from core.metrics import read_metrics
 from core.plots import Course, plot_courses
+from core.rewind import read_rewinds
 from core.run import RunFolder
 from llm.config import Experiment
-from llm.rewind import read_rewinds
 
 SETTINGS = (
     "optimizer.schedule=constant",

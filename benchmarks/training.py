@@ -23,10 +23,11 @@ class Training:
         import jax
 
         from core.optim import make_optimizer
+        from core.state import init_state
         from llm.data.loader import Batch
         from llm.model.attention import choose_backend
         from llm.model.transformer import Compute, blueprint
-        from llm.step import init_state, jit_train_step, put_batch
+        from llm.step import jit_train_step, put_batch
 
         self.backend = choose_backend(
             train.attention, jax.default_backend(), config, dtype=train.dtype, length=sequence,

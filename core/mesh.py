@@ -100,6 +100,37 @@ def mesh_parts(mesh: Mesh | AbstractMesh, axis: str) -> int:
     return math.prod(mesh.shape.get(name, 1) for name in mesh_axes(axis))
 
 
+def local_rows(mesh: Mesh, size: int) -> slice:
+    """The rows of a global batch of `size` rows that this process's devices hold."""
+    places = shardings(mesh, ("act_batch",)).addressable_devices_indices_map((size,)).values()
+    spans = [rows.indices(size) for (rows,) in places]
+    return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+
+def put_rows(batch: Any, mesh: Mesh, axes: tuple[str, ...] = ("act_batch",)) -> Any:
+    """This process's rows of a batch (NumPy), as `local_rows` names them, as global arrays on the mesh.
+
+    Args:
+        axes: logical axes of the arrays, from the first dimension on. The rows are whole; where another
+            dimension is divided too, a device takes its own part of them.
+    """
+    sharding = shardings(mesh, axes)
+    parts = mesh_parts(mesh, axes[0])
+    mine = local_rows(mesh, parts)  # in units of a device's rows
+
+    def put(rows):
+        size = len(rows) // (mine.stop - mine.start)
+        total, before = parts * size, mine.start * size
+
+        def piece(index):
+            start, stop, _ = index[0].indices(total)
+            return rows[(slice(start - before, stop - before), *index[1:])]
+
+        return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
+
+
 def check_divides(mesh: Mesh | AbstractMesh, sizes: Mapping[str, tuple[str, int]]) -> None:
     """Check that named sizes divide over the mesh, `sizes` being {key: (logical axis, size)}.
 

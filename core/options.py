@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -120,3 +121,50 @@ class DivergenceConfig:
     watch: dict[str, Literal["min", "max"]] = Field(
         default_factory=dict
     )  # evaluated metric: which way is better
+
+    def require_watched(self, evaluated: Sequence[str], every: int) -> None:
+        """Check that evaluations, each `every` steps, are made and have what is watched.
+
+        Raises:
+            ValueError: naming the metric or the key.
+        """
+        for name in self.watch:
+            if name not in evaluated:
+                raise ValueError(
+                    f"divergence.watch: no evaluation has '{name}'; they have {', '.join(evaluated)}"
+                )
+        if self.watch and not every:
+            raise ValueError("divergence.watch needs evaluations while the run trains: set eval.every")
+
+
+@config
+class TokenizerConfig:
+    """Where the tokenizer comes from: `path`, or trained on the training split.
+
+    `path` is a `tokenizer.json` (byte-level or with byte fallback), a SentencePiece `.model` (bpe, such as
+    Llama 2's), or the folder of one. The ids are the maker's, but special tokens written in a text are text.
+    """
+
+    path: str | None = None
+    vocab_size: int | None = None  # None: the model's
+    pattern: Literal["gpt2", "llama3"] = "llama3"
+
+    def require_room(self, rows: int, key: str) -> None:
+        """Check that it fits an embedding of so many `rows`, which `key` says.
+
+        Raises:
+            ValueError: naming what doesn't fit, or two keys that exclude each other.
+        """
+        if self.vocab_size is not None and self.path is not None:
+            raise ValueError(
+                "tokenizer.vocab_size is for a tokenizer to train, and tokenizer.path names one: give either"
+            )
+        if self.vocab_size is not None and self.vocab_size > rows:
+            raise ValueError(f"tokenizer.vocab_size ({self.vocab_size}) is larger than {key} ({rows})")
+
+
+@config
+class InitConfig:
+    """Start from the weights of another run's newest checkpoint."""
+
+    source: str | None = Field(None, alias="from")

@@ -56,7 +56,7 @@ class RunFolder:
 
     @property
     def rewinds(self) -> Path:
-        """What diverged and what was done about it: a JSON object for each time, see `llm.rewind`."""
+        """What diverged and what was done about it: a JSON object for each time, see `core.rewind`."""
         return self.path / "rewinds.jsonl"
 
     @property

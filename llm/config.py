@@ -7,24 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from core.config import config
-from core.options import CheckpointConfig, DivergenceConfig, MeshConfig, OptimizerConfig, RunConfig
+from core.options import (
+    CheckpointConfig,
+    DivergenceConfig,
+    InitConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+)
 from llm.data.config import Source, check_weights
 from llm.model.config import ModelConfig
 
 EVALUATED = ("heldout_loss", "heldout_bits_per_byte")  # what `llm.eval.heldout` measures
-
-
-@config
-class TokenizerConfig:
-    """Where the tokenizer comes from: `path`, or trained on the training split.
-
-    `path` is a `tokenizer.json` (byte-level or with byte fallback), a SentencePiece `.model` (bpe, such as
-    Llama 2's), or the folder of one. The ids are the maker's, but special tokens written in a text are text.
-    """
-
-    path: str | None = None
-    vocab_size: int | None = None  # None: the model's
-    pattern: Literal["gpt2", "llama3"] = "llama3"
 
 
 @config
@@ -88,13 +83,6 @@ class EvalConfig:
 
 
 @config
-class InitConfig:
-    """Start from the weights of another run's newest checkpoint."""
-
-    source: str | None = Field(None, alias="from")
-
-
-@config
 class Experiment:
     """The whole configuration of a pretraining run."""
 
@@ -123,20 +111,6 @@ class Experiment:
                 f"data.batch_size ({batch}) is not a multiple of "
                 f"train.accumulation ({self.train.accumulation})"
             )
-        for name in self.divergence.watch:
-            if name not in EVALUATED:
-                raise ValueError(
-                    f"divergence.watch: no evaluation has '{name}'; they have {', '.join(EVALUATED)}"
-                )
-        if self.divergence.watch and not self.eval.every:
-            raise ValueError("divergence.watch needs evaluations while the run trains: set eval.every")
-        vocab = self.tokenizer.vocab_size
-        if vocab is not None and self.tokenizer.path is not None:
-            raise ValueError(
-                "tokenizer.vocab_size is for a tokenizer to train, and tokenizer.path names one: give either"
-            )
-        if vocab is not None and vocab > self.model.vocab_size:
-            raise ValueError(
-                f"tokenizer.vocab_size ({vocab}) is larger than model.vocab_size ({self.model.vocab_size})"
-            )
+        self.divergence.require_watched(EVALUATED, self.eval.every)
+        self.tokenizer.require_room(self.model.vocab_size, "model.vocab_size")
         return self

@@ -14,13 +14,13 @@ from rich.table import Table
 from core.files import write_atomically
 from core.metrics import read_metrics
 from core.plots import plot_loss
+from core.rewind import read_rewinds
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.data.loader import Batch, Mixture, TokenDataset, train_batch
 from llm.eval.baselines import baselines
 from llm.eval.heldout import evaluation_batches
 from llm.prepare import Text, token_bytes
-from llm.rewind import read_rewinds
 
 _UNIGRAM_TOKENS = 16 << 20  # of the training split, at most, that the unigram model is fitted on
 _UNIGRAM_BATCH = 64  # windows

@@ -1,41 +1,23 @@
-"""The training step: `step(state, batch) -> (state, metrics)`, pure, jitted once, its state donated."""
+"""What a step of pretraining minimizes, its gradient, and the step (`core.state`) compiled for a mesh."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from core.loss_scale import LossScale, where_finite
-from core.mesh import mesh_parts, shard, shardings
+from core.mesh import put_rows, shard
 from core.module import Blueprint, Params
-from core.optim import Optimizer, clip, fetched, put_back
-from core.optim import state_shardings as optimizer_shardings
+from core.optim import Optimizer
+from core.state import jit_step, make_step, state_shardings
 from llm.config import TrainConfig
 from llm.data.loader import Batch
 from llm.model.loss import cross_entropy
 
 BATCH_AXES = ("act_batch", "act_seq")
-
-
-class State(NamedTuple):
-    """All that training changes."""
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: optax.OptState
-    scale: LossScale | None = None  # in float16
-    average: Params | None = None  # of the parameters over past steps, where `train.average` asks for it
-
-    @property
-    def model(self) -> Params:
-        """The parameters that are evaluated, and that others read from a checkpoint."""
-        return self.params if self.average is None else self.average
 
 
 def objective(
@@ -101,116 +83,16 @@ def _split(x: jax.Array, count: int) -> jax.Array:
     return shard(jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), None, *BATCH_AXES)
 
 
-def local_rows(mesh: Mesh, shape: tuple[int, int]) -> slice:
-    """The rows of a global batch of `shape` [B, S] that this process's devices hold."""
-    places = shardings(mesh, BATCH_AXES).addressable_devices_indices_map(shape).values()
-    spans = [rows.indices(shape[0]) for rows, _ in places]
-    return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
-
-
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows of a batch (NumPy), as `local_rows` names them, as global arrays on the mesh.
-
-    The rows are whole; a device takes its own columns of them.
-    """
-    sharding = shardings(mesh, BATCH_AXES)
-    parts = mesh_parts(mesh, BATCH_AXES[0])
-    mine = local_rows(mesh, (parts, mesh_parts(mesh, BATCH_AXES[1])))  # in units of a device's rows
-
-    def put(rows):
-        size = len(rows) // (mine.stop - mine.start)
-        total, before = parts * size, mine.start * size
-
-        def piece(index):
-            start, stop, _ = index[0].indices(total)
-            return rows[start - before : stop - before, index[1]]
-
-        return jax.make_array_from_callback((total, rows.shape[1]), sharding, piece)
-
-    return jax.tree.map(put, batch)
-
-
-def make_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer):
-    """The step as a plain function; `jit_train_step` compiles it for a mesh."""
-
-    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        state = state._replace(opt_state=fetched(optimizer, state.opt_state))
-        scale = 1.0 if state.scale is None else state.scale.value
-        grads, metrics = gradients(blueprint, train, state.params, batch, scale)
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.transform.update(
-            clip(grads, norm, optimizer.clip_norm), state.opt_state, state.params
-        )
-        params, average = optax.apply_updates(state.params, updates), state.average
-        metrics |= {"grad_norm": norm, "learning_rate": optimizer.learning_rate(state.step)}
-        if average is not None and train.average is not None:
-            average = _averaged(average, params, state.step, train.average)
-        new = State(state.step + 1, params, opt_state, state.scale, average)
-        if state.scale is not None:
-            finite = jnp.isfinite(norm)
-            kept = where_finite(finite, new, state._replace(step=new.step))
-            new = kept._replace(scale=state.scale.adjusted(finite))
-            metrics["loss_scale"] = state.scale.value
-        return new._replace(opt_state=put_back(optimizer, new.opt_state)), metrics
-
-    return train_step
-
-
-def _averaged(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """An exponential moving average over steps. Young ones decay faster, so that the start is soon forgotten
-    (the rule of TensorFlow's ExponentialMovingAverage: at most (1 + n) / (10 + n) after n updates).
-    """
-    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, p: a + (1 - keep) * (p - a), average, params)
-
-
-def state_shardings(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh) -> State:
-    """Where each array of the state lives."""
-    params, everywhere = shardings(mesh, blueprint.axes), shardings(mesh, ())
-    opt_state = optimizer_shardings(optimizer, blueprint.shapes, params, mesh)
-    scale = LossScale(everywhere, everywhere) if train.dtype == "float16" else None
-    return State(everywhere, params, opt_state, scale, params if train.average else None)
-
-
-def first_step(train: TrainConfig, optimizer: Optimizer, params: Params) -> State:
-    """The state before the first step, from `params`."""
-    scale = LossScale.initial() if train.dtype == "float16" else None
-    average = jax.tree.map(jnp.copy, params) if train.average else None  # both are donated
-    return State(jnp.int32(0), params, optimizer.transform.init(params), scale, average)
-
-
-def init_state(
-    blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh, seed: int
-) -> State:
-    """Fresh parameters before the first step, made in place on the mesh; the same bits on every mesh."""
-
-    def make(key):
-        return first_step(train, optimizer, blueprint.init(key))
-
-    where = state_shardings(blueprint, train, optimizer, mesh)
-    return jax.jit(make, out_shardings=where)(jax.random.key(seed))
-
-
-def split(state: State) -> tuple[Params, dict[str, Any]]:
-    """A state as it stands in a checkpoint: the model that others read, and what only training needs."""
-    rest = {"opt_state": state.opt_state, "scale": state.scale}
-    if state.average is not None:
-        rest["params"] = state.params
-    return state.model, {name: tree for name, tree in rest.items() if tree is not None}
-
-
-def join(step: jax.Array, model: Params, rest: dict[str, Any]) -> State:
-    """The inverse of `split`."""
-    params, average = (rest["params"], model) if "params" in rest else (model, None)
-    return State(step, params, rest["opt_state"], rest.get("scale"), average)
+    """This process's rows of a batch (NumPy) as global arrays on the mesh, see `core.mesh.put_rows`."""
+    return put_rows(batch, mesh, BATCH_AXES)
 
 
 def jit_train_step(blueprint: Blueprint, train: TrainConfig, optimizer: Optimizer, mesh: Mesh):
-    """`make_train_step`, compiled for the mesh: shardings from the parameters' metadata, state donated."""
-    state = state_shardings(blueprint, train, optimizer, mesh)
-    return jax.jit(
-        make_train_step(blueprint, train, optimizer),
-        in_shardings=(state, shardings(mesh, BATCH_AXES)),
-        out_shardings=(state, shardings(mesh, ())),
-        donate_argnums=0,
-    )
+    """The training step, compiled for the mesh: shardings from the parameters' metadata, state donated."""
+
+    def mean_gradients(params, batch, scale, step):
+        return gradients(blueprint, train, params, batch, scale)
+
+    step = make_step(mean_gradients, train, optimizer)
+    return jit_step(step, state_shardings(blueprint, train, optimizer, mesh), BATCH_AXES, mesh)

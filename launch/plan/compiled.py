@@ -93,11 +93,12 @@ def lower(experiment: Experiment, mesh: Any):
     import jax.numpy as jnp
 
     from core.optim import make_optimizer
+    from core.state import first_step
     from llm.data.loader import Batch
     from llm.model.attention import Backend
     from llm.model.transformer import Compute, blueprint
     from llm.setup import check_mesh
-    from llm.step import first_step, jit_train_step
+    from llm.step import jit_train_step
 
     check_mesh(experiment, mesh)
     train, data = experiment.train, experiment.data

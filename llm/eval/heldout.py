@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from core.mesh import shardings
+from core.mesh import local_rows, shardings
 from core.module import Blueprint, Params
 from llm.config import Experiment
 from llm.data.loader import Batch, TokenDataset, across_documents, heldout_batches
 from llm.model.loss import cross_entropy
-from llm.step import BATCH_AXES, local_rows, put_batch
+from llm.step import BATCH_AXES, put_batch
 
 FINAL_TOKENS = 4 << 20  # of the last evaluation, which xz is compared on: a few seconds of its time
 Evaluate = Callable[[Params, Iterable[Batch]], dict[str, float]]
@@ -34,7 +34,7 @@ def evaluation_batches(
     limit = experiment.eval.batches
     if final or limit is None:
         limit = max(1, FINAL_TOKENS // math.prod(shape))
-    batches = heldout_batches(dataset, shape[0], local_rows(mesh, shape) if mesh else slice(None), limit)
+    batches = heldout_batches(dataset, shape[0], local_rows(mesh, shape[0]) if mesh else slice(None), limit)
     return batches if data.isolate else map(across_documents, batches)
 
 

@@ -25,9 +25,10 @@ from rich.table import Table
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
+from core.options import InitConfig, TokenizerConfig
 from core.plots import plot_by_position
 from core.run import RunFolder
-from llm.config import Experiment, InitConfig, TokenizerConfig
+from llm.config import Experiment
 from llm.data.loader import Batch, TokenDataset, across_documents, spread
 from llm.tokenizer.tokenizer import Tokenizer
 
@@ -241,10 +242,9 @@ def _measure(
     import jax
 
     from core.checkpoint import newest_params
-    from core.mesh import check_divides, make_mesh, num_shards, shardings
+    from core.mesh import check_divides, local_rows, make_mesh, num_shards, shardings
     from llm.model.attention import choose_backend
     from llm.model.transformer import Compute, blueprint
-    from llm.step import local_rows
 
     experiment, options = subject.experiment, subject.experiment.train
     mesh = make_mesh(experiment.mesh)
@@ -268,7 +268,7 @@ def _measure(
     microbatch = experiment.data.batch_size // options.accumulation * experiment.data.sequence_length
     with jax.set_mesh(mesh):
         batch_size = max(1, microbatch // length // num_shards("act_batch")) * num_shards("act_batch")
-        batches = window_batches(dataset, length, windows, batch_size, local_rows(mesh, (batch_size, length)))
+        batches = window_batches(dataset, length, windows, batch_size, local_rows(mesh, batch_size))
         if not experiment.data.isolate:
             batches = map(across_documents, batches)
         return make_losses(model, min(length, PIECES), options.loss_chunk, mesh)(params, batches)

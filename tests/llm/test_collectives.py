@@ -20,9 +20,10 @@ from test_step import LENGTH, ROWS, SGD, TRAIN, packed_batch
 from core.mesh import make_mesh
 from core.optim import make_optimizer
 from core.options import MeshConfig
+from core.state import first_step
 from llm.model.config import ModelConfig
 from llm.model.transformer import Compute, blueprint
-from llm.step import first_step, jit_train_step
+from llm.step import jit_train_step
 
 # Sizes of which no array of one kind looks like one of another, on any of the meshes.
 MODEL = ModelConfig(

@@ -15,10 +15,10 @@ from tiny import copy_corpus, experiment
 
 import llm.setup
 from core.mesh import make_mesh
+from core.state import State, split, state_shardings
 from llm.config import Experiment
 from llm.loop import train
 from llm.start import state_at
-from llm.step import State, split, state_shardings
 
 # What a run has for state, and the devices it is on and how they are arranged, each for three steps.
 COURSES: dict[str, tuple[dict[str, Any], list[tuple[int, dict[str, int]]]]] = {
@@ -72,7 +72,7 @@ def test_a_run_that_moves_from_mesh_to_mesh(kind, corpus, tmp_path, monkeypatch)
         restored.append(jax.device_get(state))
         return state
 
-    monkeypatch.setattr("llm.start.state_at", remember)
+    monkeypatch.setattr("llm.loop.state_at", remember)
     with monkeypatch.context() as alone:
         alone.setattr(llm.setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         train(run_of(corpus, tmp_path, "still", {}, changes))

@@ -23,10 +23,11 @@ from tiny import copy_corpus, experiment
 
 from core.checkpoint import Checkpointer
 from core.config import load, to_yaml
+from core.loop import first_state
+from core.state import split
 from llm.config import Experiment
+from llm.loop import task_of
 from llm.setup import set_up
-from llm.start import first_state
-from llm.step import split
 
 EVERY = 7  # steps between checkpoints
 
@@ -208,7 +209,7 @@ def test_whatever_file_is_damaged_the_state_before_it_is_taken_up(damage, place,
             reason = "not what was written"
         caplog.clear()
         with Checkpointer(run / "checkpoints") as checkpointer:
-            state = first_state(setup, checkpointer)
+            state = first_state(task_of(setup), checkpointer)
         assert f"checkpoint 100 is damaged and passed over: {newest}/{name}: {reason}" in caplog.text
         params, rest = split(state)
         assert int(state.step) == 98

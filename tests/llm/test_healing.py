@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from tiny import copy_corpus, experiment
 
+import core.loop
 import llm.loop
 from core.checkpoint import Checkpointer
 from core.errors import UserError
 from core.metrics import read_metrics
+from core.rewind import read_rewinds
 from llm.config import Experiment
 from llm.data.loader import Batch
 from llm.loop import train
-from llm.rewind import read_rewinds
 
 STEPS, RARE = 40, 299  # a token that the text hardly has
 
@@ -113,7 +114,7 @@ def test_it_goes_back_skips_what_was_bad_and_goes_on(
 
     if metric == "loss" and len(numbers) > 1:  # what it comes to is a run that never saw the skipped batches
         expected = [b for b in range(STEPS + stop - start + 1) if not start <= b < stop]
-        monkeypatch.setattr(llm.loop, "batch_of", lambda step, skipped: expected[step])
+        monkeypatch.setattr(core.loop, "batch_of", lambda step, skipped: expected[step])
         del taken[:]
         train(run_of(corpus, tmp_path, "never", **options))
         assert not set(taken) & set(numbers)

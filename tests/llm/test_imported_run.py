@@ -15,11 +15,11 @@ import llm.loop
 from core.checkpoint import Checkpointer
 from core.config import to_yaml
 from core.errors import UserError
+from core.rewind import read_rewinds
 from core.run import RunFolder
 from core.tensors import SavedParams, write_params
 from llm.config import Experiment
 from llm.loop import train
-from llm.rewind import read_rewinds
 
 OPTIONS: dict = {"checkpoint": {"every": 2, "keep": 2}, "divergence": {"patience": 1, "skip": 1}}
 

@@ -25,6 +25,7 @@ from core.mesh import make_mesh, shardings
 from core.module import Blueprint
 from core.optim import make_optimizer
 from core.options import MeshConfig, OptimizerConfig
+from core.state import init_state
 from llm.data.loader import Batch
 from llm.decode import generate
 from llm.model.config import ModelConfig, MoEConfig
@@ -33,7 +34,7 @@ from llm.model.ragged import check_path
 from llm.model.transformer import Compute, blueprint
 from llm.sampling import Sampling, prompt_keys
 from llm.setup import check_mesh
-from llm.step import gradients, init_state, jit_train_step
+from llm.step import gradients, jit_train_step
 
 EXPERTS = MoEConfig(num_experts=8, top_k=2, shared_mlp_dim=16, balance_loss=0.1, router_z_loss=0.01)
 SPARSE = dataclasses.replace(MODEL, moe=EXPERTS)

@@ -10,8 +10,9 @@ from test_step import MODEL, TRAIN, packed_batch
 from core.mesh import make_mesh
 from core.optim import make_optimizer
 from core.options import MeshConfig, OptimizerConfig
+from core.state import init_state
 from llm.model.transformer import blueprint
-from llm.step import init_state, jit_train_step, put_batch
+from llm.step import jit_train_step, put_batch
 
 
 def run(offload: bool, name: str, mesh: MeshConfig):

@@ -21,7 +21,8 @@ import llm.prepare
 from core.config import to_yaml
 from core.errors import UserError
 from core.metrics import read_metrics
-from llm.config import Experiment, TokenizerConfig
+from core.options import TokenizerConfig
+from llm.config import Experiment
 from llm.data.corpus import open_corpus
 from llm.data.shards import build_shards
 from llm.loop import train

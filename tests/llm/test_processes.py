@@ -83,14 +83,15 @@ BATCHES = """
     from llm.config import Experiment
     from llm.data.loader import train_batch
     from llm.prepare import prepare
-    from llm.step import local_rows, put_batch
+    from core.mesh import local_rows
+    from llm.step import put_batch
 
     experiment, out = load(Experiment, sys.argv[1]), sys.argv[2]
     data = experiment.data
     text = distributed.first_before_others(lambda: prepare(experiment))
     for sizes in sys.argv[3:]:
         mesh = make_mesh(MeshConfig(*map(int, sizes.split(","))))
-        rows = local_rows(mesh, (data.batch_size, data.sequence_length))
+        rows = local_rows(mesh, data.batch_size)
         for step in range(3):
             batch = train_batch(text.train, step, data.batch_size, experiment.seed, rows)
             for name, array in put_batch(batch, mesh)._asdict().items():
@@ -152,13 +153,14 @@ COPY = """
     from core.config import load
     from llm.config import Experiment
     from llm.setup import set_up
-    from llm.start import first_state
-    from llm.step import split
+    from core.loop import first_state
+    from core.state import split
+    from llm.loop import task_of
 
     experiment, target = load(Experiment, sys.argv[1]), sys.argv[2]
     setup = set_up(experiment, resume=True)
     with jax.set_mesh(setup.mesh), Checkpointer(setup.run.checkpoints) as source:
-        state = first_state(setup, source)
+        state = first_state(task_of(setup), source)
         with Checkpointer(target) as copy:
             copy.save(int(state.step), *split(state), {})
 """

@@ -13,14 +13,15 @@ import pytest
 from numpy.testing import assert_allclose
 
 from core.errors import UserError
-from core.mesh import make_mesh, shardings
+from core.mesh import local_rows, make_mesh, shardings
 from core.optim import learning_rate, make_optimizer
 from core.options import MeshConfig, OptimizerConfig
+from core.state import init_state
 from llm.config import TrainConfig
 from llm.data.loader import Batch
 from llm.model.config import ModelConfig
 from llm.model.transformer import Compute, blueprint
-from llm.step import init_state, jit_train_step, local_rows, put_batch
+from llm.step import jit_train_step, put_batch
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -290,7 +291,7 @@ def test_schedules():
 
 def test_rows_of_a_process_cover_the_batch():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert local_rows(mesh, (ROWS, LENGTH)) == slice(0, ROWS)
+    assert local_rows(mesh, ROWS) == slice(0, ROWS)
     placed = put_batch(packed_batch(0), mesh)
     assert placed.tokens.sharding == shardings(mesh, ("act_batch", "act_seq"))
     np.testing.assert_array_equal(placed.tokens, packed_batch(0).tokens)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llm.data.prefetch import prefetch
+from core.prefetch import prefetch
 
 
 def test_the_items_are_the_same():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.divergence import Alarm
 from core.errors import UserError
 from core.options import DivergenceConfig
-from llm.rewind import Rewind, append_rewind, batch_of, merged, plan, read_rewinds
+from core.rewind import Rewind, append_rewind, batch_of, merged, plan, read_rewinds
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda s: (s[0], s[0] + s[1])))
 OPTIONS = DivergenceConfig(skip=4, rewinds=3)
