@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip.config import TrainConfig
-from clip.data.batch import Batch
+from clip.data.batches import Batch
 from clip.loss import Contrast, sigmoid_loss, softmax_loss
 from clip.model.model import pixels
 from core.mesh import shard
