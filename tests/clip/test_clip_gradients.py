@@ -105,7 +105,7 @@ def assert_same(got, expected, tolerance=1e-5):
     assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert distance(grads, theirs) < tolerance
     for mine, their in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
-        assert np.linalg.norm(mine - their) < 1e-4 * np.linalg.norm(their) + 1e-7
+        assert np.linalg.norm(mine - their) < 1e-4 * np.linalg.norm(their) + 1e-6  # of keys, a bias has none
 
 
 @pytest.mark.parametrize(
