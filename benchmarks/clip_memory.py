@@ -2,10 +2,9 @@
 
     python -m benchmarks.clip_memory [--devices 8] [--json FILE] [--plot FILE]
 
-The loss and its gradients at the vectors of a batch divided over virtual CPU devices: nothing but the loss, so
-that its own memory is seen. It is what the compiled program asks for on one device beside arguments and
-results (temporaries), and no program is run but for `--run`: those that a device's memory here can hold, once,
-to show that they do.
+The loss and its gradients at the vectors of a batch divided over virtual CPU devices: nothing but the loss,
+so that its own memory is seen. It is what the compiled program asks for on one device beside arguments and
+results (temporaries). Programs are compiled, not run; `--run` runs those of small batches too.
 """
 
 from __future__ import annotations
@@ -65,7 +64,11 @@ def print_table(results: list[dict[str, Any]], batches: list[int]) -> None:
     print("| --- " * (2 + len(batches)) + "|")
     for kind in KINDS:
         for form in FORMS:
-            sizes = {r["batch"]: r["temporary_bytes"] for r in results if (r["loss"], r["negatives"]) == (kind, form)}
+            sizes = {
+                r["batch"]: r["temporary_bytes"]
+                for r in results
+                if (r["loss"], r["negatives"]) == (kind, form)
+            }
             cells = " | ".join(f"{sizes[batch] / MIB:,.1f}" for batch in batches)
             print(f"| {kind} | {form} | {cells} |")
 

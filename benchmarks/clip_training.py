@@ -2,10 +2,10 @@
 
     python -m benchmarks.clip_training [--shape small narrow] [--device cuda] [--json FILE]
 
-A step is the pixels' normalization, both towers, the softmax loss over the batch, backward, clipping by global
-norm, AdamW and the bound on the logit scale, on float32 master weights. All variants start from the same
-weights and see the same batch; the losses of the first steps must agree, so all do the same work. Each runs in
-a process of its own and they take turns: what counts is the ratio within a round.
+A step is the pixels' normalization, both towers, the softmax loss over the batch, backward, clipping by
+global norm, AdamW and the bound on the logit scale, on float32 master weights. All variants start from the
+same weights and see the same batch; the losses of the first steps must agree, so all do the same work. Each
+runs in a process of its own and they take turns: what counts is the ratio within a round.
 
 With `--device cuda` it is ViT-B/32 in bfloat16 on random images that are on the device already: images/s and
 the share of the device's peak (MFU).
@@ -128,7 +128,10 @@ def measure(shape: str, args: argparse.Namespace, report) -> dict[str, Any]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print("| model, batch | step | seconds, median | fastest | images/s | GFLOP/s | MFU | ours over this, by round |")
+    print(
+        "| model, batch | step | seconds, median | fastest | images/s | GFLOP/s | MFU "
+        "| speed of ours over this, by round |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for result in results:
         label = f"{result['shape']}, {result['parameters'] / 1e6:.1f}M, {result['batch']}"
@@ -149,8 +152,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--shape", nargs="+", metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or a file of configs/clip such as vit-b-32; default: the first two on a CPU, "
-        "vit-b-32 on a GPU",
+        help=f"{', '.join(SHAPES)}, or a file of configs/clip such as vit-b-32; default: the first two "
+        "on a CPU, vit-b-32 on a GPU",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, help="images in a step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,4 +1,4 @@
-"""The contrastive step of each framework, in a process of its own: for `clip_training.py`, which starts it."""
+"""The contrastive step of each framework, in a process of its own: for `clip_training.py`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def random_batch(config: CLIPConfig, size: int) -> tuple[np.ndarray, np.ndarray,
     return images, tokens, ends
 
 
-def jax_worker(spec: dict[str, Any], config: CLIPConfig, arrays) -> tuple[dict[str, Any], Callable[[], float]]:
+def jax_worker(
+    spec: dict[str, Any], config: CLIPConfig, arrays
+) -> tuple[dict[str, Any], Callable[[], float]]:
     devices.prepare()
     import jax
 
@@ -85,7 +87,9 @@ def jax_worker(spec: dict[str, Any], config: CLIPConfig, arrays) -> tuple[dict[s
     return {"device_kind": kind, "devices": jax.device_count(), "parameters": model.count}, run
 
 
-def torch_worker(spec: dict[str, Any], config: CLIPConfig, arrays) -> tuple[dict[str, Any], Callable[[], float]]:
+def torch_worker(
+    spec: dict[str, Any], config: CLIPConfig, arrays
+) -> tuple[dict[str, Any], Callable[[], float]]:
     import torch
     from transformers import CLIPConfig as TheirConfig
     from transformers import CLIPModel
@@ -105,7 +109,9 @@ def torch_worker(spec: dict[str, Any], config: CLIPConfig, arrays) -> tuple[dict
             text_config=text, vision_config=image, projection_dim=config.embed_dim, attn_implementation="sdpa"
         )
     )
-    weights = {name: torch.tensor(w) for name, w in hugging_face_names(np.load(spec["weights"]), config).items()}
+    weights = {
+        name: torch.tensor(w) for name, w in hugging_face_names(np.load(spec["weights"]), config).items()
+    }
     names = set(dict(model.named_parameters()))
     assert names == set(weights), names ^ set(weights)
     model.load_state_dict(weights, strict=False)
@@ -153,7 +159,9 @@ def hugging_face_names(weights, config: CLIPConfig) -> dict[str, np.ndarray]:
         "text_model.embeddings.token_embedding.weight": weights["text.embedding"],
         "text_model.embeddings.position_embedding.weight": weights["text.positions"],
         "vision_model.embeddings.class_embedding": weights["image.token"],
-        "vision_model.embeddings.patch_embedding.weight": weights["image.patches.kernel"].transpose(3, 2, 0, 1),
+        "vision_model.embeddings.patch_embedding.weight": weights["image.patches.kernel"].transpose(
+            3, 2, 0, 1
+        ),
         "vision_model.embeddings.position_embedding.weight": weights["image.positions"],
         "visual_projection.weight": weights["image.projection.kernel"].T,
         "text_projection.weight": weights["text.projection.kernel"].T,

@@ -19,8 +19,8 @@ from clip.gradients import clamp, gradients
 from clip.model.config import CLIPConfig, ImageConfig, TextConfig
 from clip.model.model import blueprint, pixels
 from core.mesh import make_mesh, shardings
-from core.options import MeshConfig, OptimizerConfig
 from core.optim import make_optimizer
+from core.options import MeshConfig, OptimizerConfig
 from core.state import first_step, make_step
 
 ROWS, LENGTH, VOCAB = 16, 6, 40
@@ -128,7 +128,9 @@ def test_one_device_and_many(negatives, sizes):
     assert 0 <= got[1]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("negatives", "sizes"), [("local", None), ("chunked", {"data": 2, "fsdp": 4})], ids=str)
+@pytest.mark.parametrize(
+    ("negatives", "sizes"), [("local", None), ("chunked", {"data": 2, "fsdp": 4})], ids=str
+)
 def test_sigmoid(negatives, sizes):
     got = run(SIGMOID, options(loss="sigmoid", negatives=negatives, chunk=4), sizes)
     assert_same(got, plain(SIGMOID, "sigmoid"))
@@ -194,7 +196,9 @@ def test_accumulation_keeps_one_microbatch_for_the_backward_pass():
     assert largest(4) < ROWS * maps / 2
 
 
-@pytest.mark.parametrize(("start", "push", "lands"), [(4.6, 1.0, math.log(100)), (0.01, -1.0, 0.0), (2.0, 0.5, 2.5)])
+@pytest.mark.parametrize(
+    ("start", "push", "lands"), [(4.6, 1.0, math.log(100)), (0.01, -1.0, 0.0), (2.0, 0.5, 2.5)]
+)
 def test_the_scale_is_held_after_the_step(start, push, lands):
     """Plain descent at a rate of one: the parameter moves by the gradient, and then to the bound."""
     values = {"logit_scale": jnp.float32(start), "weight": jnp.ones(3)}
