@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,7 +85,7 @@ def _encode(blueprint: Blueprint, params: Params, piece: tuple[Batch, jax.Array]
 def _contrast(train: TrainConfig, model: Any, image: jax.Array, text: jax.Array) -> Contrast:
     factor = jnp.exp(model.logit_scale[...])
     if train.loss == "sigmoid":
-        loss = functools.partial(sigmoid_loss, bias=model.logit_bias[...])
+        loss: Callable[..., Contrast] = functools.partial(sigmoid_loss, bias=model.logit_bias[...])
     else:
         loss = softmax_loss
     return loss(image, text, factor, negatives=train.negatives, chunk=train.chunk)
