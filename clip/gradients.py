@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,10 +84,11 @@ def _encode(blueprint: Blueprint, params: Params, piece: tuple[Batch, jax.Array]
 
 def _contrast(train: TrainConfig, model: Any, image: jax.Array, text: jax.Array) -> Contrast:
     factor = jnp.exp(model.logit_scale[...])
-    options = {"negatives": train.negatives, "chunk": train.chunk}
     if train.loss == "sigmoid":
-        return sigmoid_loss(image, text, factor, model.logit_bias[...], **options)
-    return softmax_loss(image, text, factor, **options)
+        loss: Callable[..., Contrast] = functools.partial(sigmoid_loss, bias=model.logit_bias[...])
+    else:
+        loss = softmax_loss
+    return loss(image, text, factor, negatives=train.negatives, chunk=train.chunk)
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:

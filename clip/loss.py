@@ -7,7 +7,7 @@ With unit vectors u of N images and v of their captions, s the logit scale (a fa
 
 the first of CLIP (Radford et al. 2021, arXiv:2103.00020), which goes back to InfoNCE (van den Oord et al.
 2018, arXiv:1807.03748); the second of SigLIP (Zhai et al. 2023, arXiv:2303.15343), divided by the batch, not
-by its pairs. The batch is divided over n devices, each with B = N/n rows of both. Where the negatives come from:
+by its pairs. The batch is divided over n devices, each with B = N/n rows of both. Where the others come from:
 
 | negatives | a device holds, beside its own rows       | its products' size, softmax | sigmoid |
 | --------- | ----------------------------------------- | --------------------------- | ------- |
@@ -37,7 +37,7 @@ Negatives = Literal["dense", "local", "chunked"]
 
 _ROWS, _SUM = spec(("act_batch",)), PartitionSpec()
 _NOTHING = -1e30  # the logit of a column that pads: finite, so that the column's sum is a number
-# A logit is up to a hundred cosines: the short floats that GPUs multiply by default would leave errors of 0.1.
+# A logit is up to a hundred cosines: with the short floats that GPUs multiply by default it would be 0.1 off.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -78,9 +78,9 @@ def sigmoid_loss(
     negatives: Negatives = "local",
     chunk: int = 1024,
 ) -> Contrast:
-    """How hard it is to tell of every pair whether it is one, in nats an image; arguments as of `softmax_loss`.
+    """How hard it is to tell of every pair whether it is one, in nats an image.
 
-    Differentiable in `bias` as well.
+    Arguments as of `softmax_loss`; differentiable in `bias` as well.
     """
     arrays = _float32(image, text, scale, bias)
     if negatives == "chunked":
@@ -195,7 +195,9 @@ def _softmax_sums(chunk, axes, image, text, scale):
         return rows, jnp.logaddexp(columns, jax.nn.logsumexp(logits, 0))
 
     nothing = jnp.full(len(image), -jnp.inf)
-    rows, columns = _go_round(axes, chunk, tile, _Rows(nothing, nothing, jnp.zeros(len(image))), nothing, text)
+    rows, columns = _go_round(
+        axes, chunk, tile, _Rows(nothing, nothing, jnp.zeros(len(image))), nothing, text
+    )
     losses = (rows.log_sum + columns) / 2 - rows.own
     return _mean_of_rows(axes, losses.mean(), rows), rows.log_sum, columns
 
@@ -246,7 +248,7 @@ def _sigmoid_sums(chunk, differentiate, axes, image, text, scale, bias):
         cosines = _einsum("ie,je->ij", image, text)
         logits = jnp.where(padding, _NOTHING, scale * cosines + bias)
         total += jax.nn.softplus(jnp.where(hit, -logits, logits)).sum()
-        # Of cosines: a sum may be rounded in one way where its maximum is sought, in another where it is kept.
+        # Of cosines: with a bias, what is rounded may differ between a row's maximum and its own element.
         seen = jnp.where(padding, _NOTHING, cosines).max(1)
         rows = _Rows(None, jnp.maximum(rows.top, seen), rows.own + jnp.where(hit, cosines, 0).sum(1))
         if differentiate:

@@ -58,7 +58,9 @@ def reference(kind: str):
     import torch
     from torch.nn.functional import cross_entropy, logsigmoid
 
-    image, text, scale, *bias = (torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in arguments(kind))
+    image, text, scale, *bias = (
+        torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in arguments(kind)
+    )
     logits = scale * image @ text.T
     if kind == "softmax":
         own = torch.arange(ROWS)
@@ -147,7 +149,9 @@ def test_chunks_never_form_whole_rows(kind, sizes):
     def compiled(negatives):
         step = differentiated(kind, negatives=negatives, chunk=chunk)
         if sizes is not None:
-            places = tuple(jax.NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec("data")) for _ in "ab")
+            places = tuple(
+                jax.NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec("data")) for _ in "ab"
+            )
             one = jax.NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
             given = (*places, *[one] * (len(args) - 2))
             step = jax.jit(step, in_shardings=(given,), out_shardings=(given, one))
