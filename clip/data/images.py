@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 LARGEST_PIXELS = 100_000_000  # a larger image is taken for an attack or a mistake
-_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, as in torchvision
+_WIDEST = 4 / 3  # width to height of a random crop, as in torchvision; its inverse is the narrowest
 _TRIES = 10
 
 
@@ -120,12 +120,12 @@ def _random_box(
 ) -> tuple[int, int, int, int]:
     for _ in range(_TRIES):
         area = width * height * random.uniform(float(least), 1.0)
-        ratio = math.exp(random.uniform(*map(math.log, _RATIOS)))
+        ratio = _WIDEST ** random.uniform(-1.0, 1.0)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
             return left, top, left + w, top + h
     # A long image: the middle, as near its own shape as the ratios allow.
-    w, h = min(width, round(height * _RATIOS[1])), min(height, round(width * _RATIOS[1]))
+    w, h = min(width, round(height * _WIDEST)), min(height, round(width * _WIDEST))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

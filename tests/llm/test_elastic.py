@@ -72,7 +72,7 @@ def test_a_run_that_moves_from_mesh_to_mesh(kind, corpus, tmp_path, monkeypatch)
         restored.append(jax.device_get(state))
         return state
 
-    monkeypatch.setattr("llm.start.state_at", remember)
+    monkeypatch.setattr("llm.loop.state_at", remember)
     with monkeypatch.context() as alone:
         alone.setattr(llm.setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         train(run_of(corpus, tmp_path, "still", {}, changes))
