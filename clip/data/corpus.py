@@ -232,3 +232,17 @@ def _digest(raw: Raw) -> str:
         return hashlib.blake2b(raw.image, digest_size=8).hexdigest()
     header = repr((raw.image.shape, raw.image.dtype.str)).encode()
     return hashlib.blake2b(header + np.ascontiguousarray(raw.image).tobytes(), digest_size=8).hexdigest()
+
+
+def open_labelled(folder: str, templates: Sequence[str] | None, key: str, cache: Path) -> Photos:
+    """All images of a folder with a folder a class, to be classified; broken ones are named and left out.
+
+    Args:
+        key: what the user knows `folder` by.
+
+    Raises:
+        UserError: for what is no such folder, or where more than one image in a hundred is broken.
+    """
+    sources = [_open(Source(classes=folder, templates=tuple(templates) if templates else None), key)]
+    classes = _classes(sources)
+    return Photos(tuple(_entries(sources, classes, 0.01, cache)), classes)

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
 
+from clip.data.batches import images as read_images
+from clip.data.captions import encode_captions
+from clip.data.config import DataConfig
+from clip.data.split import Split
 from clip.model.config import CLIPConfig
 from clip.model.model import pixels
-from core.mesh import mesh_parts, shardings, spec
+from core.mesh import local_rows, mesh_parts, put_rows, shardings
 from core.module import Blueprint, Params
-from core.prefetch import prefetch
-
-_READERS = 4  # threads; decoding an image lets the others go on
-
-# One image of a data set by its number, as the model takes it.
-ReadImage = Callable[[int], UInt8[np.ndarray, "H W 3"]]
+from llm.tokenizer import Tokenizer
 
 
 class Embed(NamedTuple):
-    """What `make_embed` gives. With several processes each calls both, and gets all embeddings.
+    """What `make_embed` gives. With several processes each calls both, and each gets all embeddings.
 
     Attributes:
-        images: (params, read, count) -> [count, E], of the images `read(0)` to `read(count - 1)`. A process
-            reads those that its devices hold.
-        texts: (params, tokens [N, T], ends [N]) -> [N, E].
+        images: (params, split, indices) -> [N, E], of some images of a split; a process reads those that its
+            devices hold.
+        texts: (params, texts) -> [N, E].
     """
 
-    images: Callable[[Params, ReadImage, int], Float[np.ndarray, "N E"]]
-    texts: Callable[[Params, Int[np.ndarray, "N T"], Int[np.ndarray, " N"]], Float[np.ndarray, "N E"]]
+    images: Callable[[Params, Split, Sequence[int]], Float[np.ndarray, "N E"]]
+    texts: Callable[[Params, Sequence[str]], Float[np.ndarray, "N E"]]
 
 
-def make_embed(blueprint: Blueprint, config: CLIPConfig, mesh: Mesh, batch_size: int) -> Embed:
-    """Both towers, compiled once each for batches of about `batch_size` rows, which divide over the mesh.
-
-    The last batch is filled up with its first row. Under `jax.set_mesh(mesh)`, as training is.
+def make_embed(
+    blueprint: Blueprint, config: CLIPConfig, data: DataConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> Embed:
+    """Both towers, each compiled once, for batches of `data.batch_size` rows or the few more that divide over
+    the mesh. The last batch is filled up with zeros. To be called under `jax.set_mesh(mesh)`, as training is.
     """
     parts = mesh_parts(mesh, "act_batch")
-    size = -(-batch_size // parts) * parts
-    where, everywhere = shardings(mesh, blueprint.axes), shardings(mesh, ())
-    rows = NamedSharding(mesh, spec(["act_batch"]))
+    size = -(-data.batch_size // parts) * parts
+    mine = local_rows(mesh, size)
+    where, rows, everywhere = (shardings(mesh, axes) for axes in (blueprint.axes, ("act_batch",), ()))
 
     def image_tower(params, images):
         return blueprint.bind(params).encode_image(pixels(images, config.image))
@@ -55,54 +55,37 @@ def make_embed(blueprint: Blueprint, config: CLIPConfig, mesh: Mesh, batch_size:
     image_program = jax.jit(image_tower, in_shardings=(where, rows), out_shardings=everywhere)
     text_program = jax.jit(text_tower, in_shardings=(where, rows, rows), out_shardings=everywhere)
 
-    def images(params: Params, read: ReadImage, count: int) -> Float[np.ndarray, "N E"]:
-        batches = prefetch(_image_batches(read, count, size, rows))
-        return _all([image_program(params, batch) for batch in batches], count)
-
-    def texts(
-        params: Params, tokens: Int[np.ndarray, "N T"], ends: Int[np.ndarray, " N"]
-    ) -> Float[np.ndarray, "N E"]:
-        batches = (
-            [_put(whole[numbers], rows) for whole in (tokens, ends)] for numbers in _numbers(len(ends), size)
+    def images(params: Params, split: Split, indices: Sequence[int]) -> Float[np.ndarray, "N E"]:
+        own = [part[mine] for part in _parts(np.asarray(indices), size)]
+        read = read_images(
+            split,
+            data,
+            size=config.image.size,
+            indices=np.concatenate(own).tolist(),
+            batch_size=len(range(size)[mine]),
         )
-        return _all([text_program(params, *batch) for batch in batches], len(ends))
+        nothing = np.zeros((0, config.image.size, config.image.size, 3), np.uint8)
+        with contextlib.closing(read):  # of a last batch, a process may have no rows
+            batches = [image_program(params, put(next(read, nothing))) for _ in own]
+        return _joined(batches, len(indices))
+
+    def texts(params: Params, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
+        encoded = encode_captions(tokenizer, texts, config.text.length)
+        batches = zip(*(_parts(rows, size) for rows in encoded), strict=True)
+        done = [text_program(params, *(put(part[mine]) for part in batch)) for batch in batches]
+        return _joined(done, len(texts))
+
+    def put(own: np.ndarray) -> jax.Array:
+        filling = len(range(size)[mine]) - len(own)
+        return put_rows(np.pad(own, ((0, filling), *[(0, 0)] * (own.ndim - 1))), mesh)
 
     return Embed(images, texts)
 
 
-def _numbers(count: int, size: int) -> Iterator[Int[np.ndarray, " size"]]:
-    """The rows of each batch."""
-    for start in range(0, count, size):
-        numbers = np.arange(start, start + size)
-        yield np.where(numbers < count, numbers, start)
+def _parts(rows: Int[np.ndarray, "N ..."], size: int) -> Iterator[Int[np.ndarray, "size ..."]]:
+    """`size` rows at a time, of the last as many as there are."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _image_batches(read: ReadImage, count: int, size: int, rows: NamedSharding) -> Iterator[jax.Array]:
-    with ThreadPoolExecutor(_READERS) as readers:
-        for numbers in _numbers(count, size):
-            mine = sorted({row for span in _spans(size, rows) for row in range(*span)})
-            read_once = dict.fromkeys(numbers[mine].tolist())  # filling rows are one image
-            images = dict(zip(read_once, readers.map(read, read_once), strict=True))
-            own = np.stack([images[number] for number in numbers[mine].tolist()])
-            yield _put(own, rows, size, mine[0])
-
-
-def _spans(size: int, rows: NamedSharding) -> list[tuple[int, int]]:
-    """First row and the one after the last that each device of this process holds."""
-    places = rows.addressable_devices_indices_map((size,)).values()
-    return [span.indices(size)[:2] for (span,) in places]  # type: ignore[union-attr]
-
-
-def _put(own: np.ndarray, rows: NamedSharding, size: int | None = None, before: int = 0) -> jax.Array:
-    """Rows from `before` on, of which this process has those of its devices, as a global array."""
-
-    def piece(index):
-        start, stop, _ = index[0].indices(shape[0])
-        return own[start - before : stop - before]
-
-    shape = (size or len(own), *own.shape[1:])
-    return jax.make_array_from_callback(shape, rows, piece)
-
-
-def _all(batches: Sequence[jax.Array], count: int) -> Float[np.ndarray, "N E"]:
+def _joined(batches: Sequence[jax.Array], count: int) -> Float[np.ndarray, "N E"]:
     return np.concatenate([np.asarray(batch) for batch in batches])[:count]

@@ -64,7 +64,9 @@ def class_table(names: Sequence[str], result: Classification) -> Table:
     """Each class that has images, the best first: how many, how many right, and what it is mostly taken for
     instead.
     """
-    ordered = [int(i) for i in np.argsort(-np.nan_to_num(result.per_class), kind="stable") if result.counts[i]]
+    ordered = [
+        int(i) for i in np.argsort(-np.nan_to_num(result.per_class), kind="stable") if result.counts[i]
+    ]
     half = _CLASSES // 2
     left_out = len(ordered) - _CLASSES
     shown = ordered if left_out <= 0 else [*ordered[:half], *ordered[-half:]]
@@ -97,7 +99,9 @@ def retrieval_table(figures: Mapping[str, float], chance: Mapping[str, float], t
 
 def write_confusion(path: Path, names: Sequence[str], result: Classification) -> None:
     """The confusion matrix as CSV: a row for each class, a column for what its images were taken for."""
-    _write_csv(path, [["class", *names], *([name, *row] for name, row in zip(names, result.confusion, strict=True))])
+    _write_csv(
+        path, [["class", *names], *([name, *row] for name, row in zip(names, result.confusion, strict=True))]
+    )
 
 
 def write_classes(path: Path, names: Sequence[str], result: Classification) -> None:

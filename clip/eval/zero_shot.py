@@ -14,8 +14,6 @@ from jaxtyping import Float, Int
 
 from clip.eval.retrieval import TIE
 
-TEMPLATES = ("a photo of a {}",)
-
 
 @dataclass(frozen=True)
 class Classification:
@@ -77,21 +75,17 @@ class Classification:
         return float(np.sort(self.counts)[::-1][:k].sum() / len(self.labels))
 
 
-def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Each name in each template, the templates of a name side by side; "{}" is the name's place."""
-    return [template.replace("{}", name) for name in names for template in templates]
-
-
 def class_embeddings(
-    embed: Callable[[Sequence[str]], Float[np.ndarray, "T E"]], names: Sequence[str], templates: Sequence[str]
+    embed: Callable[[Sequence[str]], Float[np.ndarray, "T E"]], prompts: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, "C E"]:
-    """An embedding a class: that of its name in each template, averaged, at unit length before and after.
+    """An embedding a class: those of its prompts averaged, at unit length before and after.
 
     Args:
         embed: gives texts embeddings.
+        prompts: of each class, as many as of any other.
     """
-    each = embed(prompts(names, templates)).reshape(len(names), len(templates), -1)
-    return _unit(_unit(each).mean(axis=1))
+    each = embed([prompt for own in prompts for prompt in own])
+    return _unit(_unit(each.reshape(len(prompts), len(prompts[0]), -1)).mean(axis=1))
 
 
 def classify(
