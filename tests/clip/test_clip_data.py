@@ -39,7 +39,7 @@ def photo(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    options = dict(path=None, vocab_size=352, pattern="llama3", name="tokenizer.vocab_size")
+    options = {"path": None, "vocab_size": 352, "pattern": "llama3", "name": "tokenizer.vocab_size"}
     made = caption_tokenizer(SCENES, cache, **options)
     (folder,) = (cache / "tokenizers").iterdir()
     written = (folder / "tokenizer.json").stat().st_mtime_ns
@@ -163,7 +163,8 @@ def test_a_random_crop_is_a_rectangle_of_the_asked_area():
 def make(tokenizer, numbers, seed=3, workers=2, rows=slice(None), train=True, split=SCENES, **options):
     config = DataConfig(batch_size=6, workers=workers, crop_area=0.7, **options)
     return list(
-        batches(split, tokenizer, config, size=24, length=12, numbers=numbers, seed=seed, rows=rows, train=train)
+        batches(split, tokenizer, config, size=24, length=12, numbers=numbers, seed=seed, rows=rows,
+                train=train)
     )  # fmt: skip
 
 
