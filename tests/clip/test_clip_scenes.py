@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from clip.data.config import DataConfig, Source
 from clip.data.scenes import COLOURS, DIGITS, HELDOUT, NAMES, PAIRS, Scenes, digits
 from core.config import to_dict
-from clip.data.config import DataConfig, Source
 
 TRAIN, HELD = Scenes(0, heldout=False), Scenes(0, heldout=True)
 HELD_NAMES = {name for name, held in zip(NAMES, HELDOUT, strict=True) if held}
