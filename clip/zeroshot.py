@@ -29,8 +29,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m clip.zeroshot",
         description=__doc__.splitlines()[0],
-        epilog="Without --images: the run's own held-out split. Writes cases.png (hits and misses), similarity.png "
-        "and towers.png (both towers in the plane), and of classes confusion.png, confusion.csv and classes.csv.",
+        epilog="Without --images: the run's own held-out split. Writes cases.png (hits and misses), "
+        "similarity.png, towers.png (both towers in the plane) and, of classes, confusion.png, confusion.csv "
+        "and classes.csv.",
     )
     parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
@@ -38,8 +39,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--templates", action="append", default=[], metavar="TEXT|FILE",
-        help='what is said of a class, as "a photo of {a}", or a file with such lines; several are averaged. {} is '
-        "the name, {a} the same after its article",
+        help='what is said of a class, as "a photo of a {}", or a file with such lines; several are averaged',
     )  # fmt: skip
     parser.add_argument("--names", type=Path, metavar="FILE", help="YAML: names of classes by folder")
     parser.add_argument(
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 def _templates(given: str) -> list[str]:
     """A template, or those of a file."""
-    if "{}" in given or "{a}" in given:
+    if "{}" in given:
         return [given]
     try:
         lines = [
@@ -81,13 +81,11 @@ def _templates(given: str) -> list[str]:
         ]
     except (OSError, UnicodeDecodeError):
         raise UserError(
-            f"--templates {given!r} is neither a template, which has {{}} or {{a}} where the class goes, nor a text file"
+            f"--templates {given!r} is neither a template, with {{}} where the class goes, nor a text file"
         ) from None
     for line in lines:
-        if "{}" not in line and "{a}" not in line:
-            raise UserError(
-                f"--templates: {given} has the line {line!r}, without {{}} or {{a}} for the class"
-            )
+        if "{}" not in line:
+            raise UserError(f"--templates: {given} has the line {line!r}, without {{}} for the class")
     if not lines:
         raise UserError(f"--templates: {given} is empty")
     return lines

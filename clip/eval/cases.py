@@ -20,8 +20,8 @@ GROUPS = 20  # colors that can be told apart
 def cases(
     split: Split, measured: Measured, params: Params, size: int, each: int = 6, choices: int = 3
 ) -> list[Case]:
-    """Some hits and some misses, the same ones each time: of zero-shot classification where there are classes,
-    else of the captions for an image.
+    """Some hits and misses, the same ones each time: of zero-shot classification where there are
+    classes, else of captions for an image.
     """
     places, truths, options, candidates = _questions(split, measured)
     bias = params.get("logit_bias")
@@ -52,7 +52,7 @@ def _questions(split: Split, measured: Measured):
 def similar(
     split: Split, measured: Measured, size: int, count: int = 10
 ) -> tuple[list[UInt8[np.ndarray, "H W 3"]], list[str], Float[np.ndarray, "N N"]]:
-    """Images and captions of some pairs, no caption twice, and the similarity of each caption to each image."""
+    """Images and captions of some pairs, and the similarity of each caption (a row) to each image."""
     chosen: dict[int, int] = {}  # image by caption
     for image, text in zip(measured.pool.images.tolist(), measured.pool.texts.tolist(), strict=True):
         if len(chosen) < count and text not in chosen and image not in chosen.values():
@@ -66,8 +66,8 @@ def similar(
 def towers(
     split: Split, measured: Measured
 ) -> tuple[Float[np.ndarray, "N 2"], Float[np.ndarray, "M 2"], list[str], list[str]]:
-    """Both towers in the plane, and the group of each image and text: its class, or of many classes with names
-    of several words the last word, as the digits of scenes are.
+    """Both towers in the plane, and the group of each image and text: its class, or the last word of many
+    classes' names, which in scenes is the digit.
     """
     if split.classes is None or measured.classes is None or not len(measured.labelled):
         images, texts = measured.images[:MOST], measured.texts[:MOST]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
-from clip.data.batches import images as read_images
 from clip.data.captions import encode_captions
 from clip.data.config import DataConfig
+from clip.data.images import center_crop
 from clip.data.split import Split
 from clip.model.config import CLIPConfig
 from clip.model.model import pixels
 from core.mesh import local_rows, mesh_parts, put_rows, shardings
 from core.module import Blueprint, Params
+from core.prefetch import prefetch
 from llm.tokenizer import Tokenizer
 
 
@@ -56,18 +57,18 @@ def make_embed(
     text_program = jax.jit(text_tower, in_shardings=(where, rows, rows), out_shardings=everywhere)
 
     def images(params: Params, split: Split, indices: Sequence[int]) -> Float[np.ndarray, "N E"]:
-        own = [part[mine] for part in _parts(np.asarray(indices), size)]
-        read = read_images(
-            split,
-            data,
-            size=config.image.size,
-            indices=np.concatenate(own).tolist(),
-            batch_size=len(range(size)[mine]),
-        )
-        nothing = np.zeros((0, config.image.size, config.image.size, 3), np.uint8)
-        with contextlib.closing(read):  # of a last batch, a process may have no rows
-            batches = [image_program(params, put(next(read, nothing))) for _ in own]
-        return _joined(batches, len(indices))
+        def read(index: int) -> UInt8[np.ndarray, "H W 3"]:
+            return center_crop(split[index].image, config.image.size)
+
+        def batches() -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
+            with ThreadPoolExecutor(data.workers) as readers:
+                for part in _parts(np.asarray(indices), size):
+                    # Of a last batch, a process may have no rows.
+                    yield np.array([*readers.map(read, part[mine].tolist())], np.uint8).reshape(shape)
+
+        shape = (-1, config.image.size, config.image.size, 3)
+        done = [image_program(params, put(batch)) for batch in prefetch(batches())]
+        return _joined(done, len(indices))
 
     def texts(params: Params, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
         encoded = encode_captions(tokenizer, texts, config.text.length)

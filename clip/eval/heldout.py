@@ -49,7 +49,7 @@ class Measured(NamedTuple):
         return np.flatnonzero(self.labels >= 0)
 
     def classification(self, among: Sequence[int] | None = None) -> Classification:
-        """What the images with a class are taken for, among all classes or some, which are then numbered anew.
+        """What the images with a class are taken for, among all classes or some, then numbered anew.
 
         Images of a class that is not among them are left out.
         """
@@ -115,7 +115,9 @@ def of_classes(
     embed: Callable[[Sequence[str]], Float[np.ndarray, "T E"]], classes: Classes
 ) -> Float[np.ndarray, "C E"]:
     """An embedding a class: that of its name in each template, averaged."""
-    return class_embeddings(embed, [classes.prompts(label) for label in range(len(classes.names))])
+    return class_embeddings(
+        embed, [[template.replace("{}", name) for template in classes.templates] for name in classes.names]
+    )
 
 
 def _make_loss(blueprint: Blueprint, batch_size: int, mesh: Mesh):

@@ -92,7 +92,7 @@ def _draw_choices(axes: Axes, case: Case) -> None:
 
 
 def plot_confusion(confusion: Int[np.ndarray, "C C"], names: Sequence[str], title: str = "") -> Figure:
-    """What the images of each class (a row) were taken for, as shares of the class; few classes with counts."""
+    """What the images of each class (a row) were taken for, as shares of it; few classes with counts."""
     count = len(names)
     side = 1.2 + (0.5 if count <= COUNTED else 0.15) * min(count, NAMED)
     margin = 0.07 * max(map(len, names))
@@ -142,8 +142,8 @@ def plot_similarity(
     axes.set_xticks([])
     for column, image in enumerate(images):
         picture = OffsetImage(image, zoom=34 / max(image.shape[:2]), interpolation="antialiased")
-        at = AnnotationBbox(picture, (column, -0.5), (0, 2), boxcoords="offset points", box_alignment=(0.5, 0),
-                            frameon=False, pad=0, annotation_clip=False)  # fmt: skip
+        above = {"xybox": (0, 2), "boxcoords": "offset points", "box_alignment": (0.5, 0)}
+        at = AnnotationBbox(picture, (column, -0.5), frameon=False, pad=0, annotation_clip=False, **above)
         axes.add_artist(at)
     _bare(axes)
     _color_bar(figure, shown, axes, "cosine similarity")

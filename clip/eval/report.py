@@ -37,7 +37,7 @@ def figures_of(result: Classification, name: str = "zero_shot") -> dict[str, flo
 
 
 def merge_summary(run: RunFolder, figures: Mapping[str, Any]) -> None:
-    """Put figures into `summary.json` beside those that are there, in place of older ones of the same name."""
+    """Put figures into `summary.json` beside those there, in place of older ones of the same name."""
     there = json.loads(run.summary.read_text()) if run.summary.exists() else {}
     run.write_summary({**there, **figures})
 

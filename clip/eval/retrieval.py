@@ -40,7 +40,7 @@ class Ranks(NamedTuple):
 def pool(captions: Sequence[Sequence[str]]) -> Pool:
     """The pool of the captions of N images, at least one each.
 
-    A text that stands at several images, or twice at one, is one caption that belongs to each of them: whoever
+    A text that stands at several images, or twice at one, is one caption that belongs to each of them: who
     finds it for the one has found it for the other, and nobody could tell them apart.
     """
     numbers: dict[str, int] = {}

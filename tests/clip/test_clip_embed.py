@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from clip.loss import sigmoid_loss
 from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, pixels
 from core.config import parse
-from core.mesh import make_mesh
+from core.mesh import make_mesh, shardings
 from core.options import MeshConfig
 from llm.tokenizer import Tokenizer, save, train_bpe
 
@@ -52,6 +54,16 @@ def mesh_of(sizes):
     return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod([*sizes.values()]))])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def whole_images(drawn, params, images):
+    return drawn.bind(params).encode_image(pixels(images, CONFIG.image))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_texts(drawn, params, tokens, ends):
+    return drawn.bind(params).encode_text(tokens, ends)
+
+
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_embeddings_are_those_of_one_call(model, tokenizer, sizes):
     drawn, params = model
@@ -59,13 +71,13 @@ def test_embeddings_are_those_of_one_call(model, tokenizer, sizes):
     mesh = mesh_of(sizes)
     embed = make_embed(drawn, CONFIG, DataConfig(batch_size=3), tokenizer, mesh)
     with jax.set_mesh(mesh):
-        of_images, of_texts = embed.images(params, SPLIT, indices), embed.texts(params, texts)
-        few = embed.images(params, SPLIT, indices[:2])
-    bound = drawn.bind(params)
+        placed = jax.device_put(params, shardings(mesh, drawn.axes))
+        of_images, of_texts = embed.images(placed, SPLIT, indices), embed.texts(placed, texts)
+        few = embed.images(placed, SPLIT, indices[:2])
     images = jnp.asarray(np.stack([np.asarray(SPLIT[i].image) for i in indices]))
-    np.testing.assert_allclose(of_images, bound.encode_image(pixels(images, CONFIG.image)), atol=1e-5)
     tokens, ends = map(jnp.asarray, encode_captions(tokenizer, texts, 12))
-    np.testing.assert_allclose(of_texts, bound.encode_text(tokens, ends), atol=1e-5)
+    np.testing.assert_allclose(of_images, whole_images(drawn, params, images), atol=1e-5)
+    np.testing.assert_allclose(of_texts, whole_texts(drawn, params, tokens, ends), atol=1e-5)
     np.testing.assert_allclose(few, of_images[:2], atol=1e-6)
 
 
@@ -75,12 +87,12 @@ def measured(model, tokenizer, request):
     mesh = mesh_of(request.param)
     measure = make_measure(drawn, CONFIG, DataConfig(batch_size=16), tokenizer, SPLIT, mesh)
     with jax.set_mesh(mesh):
-        first = measure(params, 40)
-        # Nothing is compiled anew for other parameters or another number of examples.
-        with jax.log_compiles(False), jax.transfer_guard("allow"):
-            count = []
-            jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: count.append(name))
-            measure(jax.tree.map(lambda x: 1.5 * x, params), 24)
+        placed = jax.device_put(params, shardings(mesh, drawn.axes))
+        others = jax.tree.map(lambda x: 1.5 * x, placed)
+        first = measure(placed, 40)
+        count = []
+        jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: count.append(name))
+        measure(others, 24)  # nothing is compiled anew for other parameters or another number of examples
     assert not [name for name in count if "backend_compile" in name]
     return params, first
 

@@ -1,0 +1,121 @@
+"""`python -m clip.zeroshot` as its user meets it, on a run of untrained weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip import zeroshot
+from clip.config import Experiment
+from clip.data.scenes import Scenes
+from clip.model.model import blueprint
+from core.checkpoint import Checkpointer
+from core.config import parse, to_yaml
+from core.errors import UserError
+from core.run import RunFolder
+from llm.tokenizer import save, train_bpe
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"num_layers": 1, "num_heads": 2, "embed_dim": 8, "mlp_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder before its first step."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    experiment = parse(
+        Experiment,
+        {
+            "run": {"name": "run", "dir": str(folder.parent)},
+            "data": {"batch_size": 64},
+            "model": {
+                "embed_dim": 8,
+                "image": {**SHAPE, "size": 32, "patch_size": 16},
+                "text": {**SHAPE, "vocab_size": 300, "length": 12},
+            },
+            "train": {"steps": 1},
+        },
+    )
+    made = RunFolder.create(folder, to_yaml(experiment))
+    split = Scenes(0, heldout=True)
+    save(train_bpe([split.captions(i)[0] for i in range(100)], 280, "llama3"), made.tokenizer)
+    made.write_summary({"train_seconds": 1.5})
+    with Checkpointer(made.checkpoints) as checkpointer:
+        params = blueprint(experiment.model).init(jax.random.key(0))
+        checkpointer.save(0, params, {}, {"config": {}, "data": {"next_step": 0, "skipped": []}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("data") / "pets", np.random.default_rng(0)
+    for name, count in (("house_cat", 5), ("dog", 3)):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_held_out_pairs(run, capsys):
+    zeroshot.main(["--run", str(run), "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["train_seconds"] == 1.5  # what training wrote is still there
+    assert summary["zero_shot_accuracy"] == figures["zero_shot_accuracy"]
+    assert (summary["zero_shot_classes"], summary["zero_shot_among_heldout_classes"]) == (80, 16)
+    assert summary["zero_shot_images"] == 1000
+    assert summary["zero_shot_chance"] == pytest.approx(1 / 80)
+    assert summary["zero_shot_accuracy"] <= summary["zero_shot_among_heldout_accuracy"]
+    assert all(Path(file).stat().st_size > 0 for file in figures["files"])
+    with open(run / "plots" / "confusion.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    matrix = np.array([row[1:] for row in rows], int)
+    assert header[1:] == [row[0] for row in rows]
+    assert matrix.sum() == 1000
+    assert np.trace(matrix) == round(1000 * summary["zero_shot_accuracy"])
+
+
+def test_folders_of_classes(run, folders, tmp_path, capsys):
+    names = tmp_path / "names.yaml"
+    names.write_text("house_cat: cat\ndog: hound\n")
+    given = ["--run", str(run), "--images", str(folders), "--out", str(tmp_path / "out")]
+    zeroshot.main([*given, "--names", str(names), "--templates", "a {}", "--templates", "one {}"])
+    printed = capsys.readouterr().out
+    assert "zero-shot classification of 8 images" in printed
+    assert "hound" in printed
+    assert "62.5%" in printed  # the most frequent
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["zero_shot_images_on_pets"] == 8
+    assert "heldout_loss_on_pets" not in summary
+    assert (tmp_path / "out" / "confusion.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--names", "x"], "--names gives names to the folders of --images"),
+        (["--templates", "a photo"], "neither a template"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", "DATA", "--names", "nowhere"], "can't be read"),
+    ],
+)
+def test_mistakes_are_told(run, folders, arguments, message):
+    with pytest.raises(UserError, match=message):
+        zeroshot.main(["--run", str(run), *(str(folders) if a == "DATA" else a for a in arguments)])
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys, clip.zeroshot as z\ntry: z.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
