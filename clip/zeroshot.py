@@ -155,9 +155,7 @@ def _make(folder: Path) -> None:
 
 
 def measure(experiment: Experiment, run: RunFolder, split: Split) -> tuple[Params, Measured]:
-    """The newest parameters of a run and what they make of a split, on all devices that are here, whatever the
-    run was trained on.
-    """
+    """The newest parameters of a run and what they make of a split, on all devices that are here."""
     import jax
 
     from clip.eval.heldout import make_measure
