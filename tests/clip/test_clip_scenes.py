@@ -80,9 +80,7 @@ def test_pictures_show_the_colour_of_their_caption():
         pixels = np.asarray(example.image).reshape(-1, 3).astype(float)
         ink = pixels[np.argsort(pixels.max(1))[-25:]].mean(0) / 255
         hue, saturation, _ = colorsys.rgb_to_hsv(*ink)
-        near = min(
-            wheel, key=lambda n: abs((hue - wheel[n][0] + 0.5) % 1 - 0.5) if n != "white" else 9
-        )
+        near = min(wheel, key=lambda n: abs((hue - wheel[n][0] + 0.5) % 1 - 0.5) if n != "white" else 9)
         hits += ("white" if saturation < 0.2 else near) in example.captions[0]
         total += 1
     assert hits > 0.95 * total
@@ -90,7 +88,14 @@ def test_pictures_show_the_colour_of_their_caption():
 
 def test_the_first_of_two_is_where_the_caption_says():
     """A white digit beside one of another colour: where the white pixels are."""
-    sides = {"above": (0, -1), "over": (0, -1), "below": (0, 1), "under": (0, 1), "left": (1, -1), "right": (1, 1)}
+    sides = {
+        "above": (0, -1),
+        "over": (0, -1),
+        "below": (0, 1),
+        "under": (0, 1),
+        "left": (1, -1),
+        "right": (1, 1),
+    }
     checked = 0
     for i in range(1, 3000, 2):
         caption = TRAIN.captions(i)[0]

@@ -8,7 +8,7 @@ import posixpath
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from clip.data.images import BrokenImage
 from core.errors import UserError
@@ -16,6 +16,7 @@ from core.errors import UserError
 LARGEST_BYTES = 256_000_000  # of one file: what is larger is no picture
 
 
+@runtime_checkable
 class Folder(Protocol):
     """Files by their names, which are relative and have slashes."""
 
