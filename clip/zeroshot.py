@@ -119,14 +119,21 @@ class _Renamed:
     def __init__(self, split: Split, classes: Classes):
         self.classes, self._split = classes, split
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._split, name)
+    @property
+    def fingerprint(self) -> str:
+        return self._split.fingerprint
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> Any:
         return self._split[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._split.captions(index)
+
+    def label(self, index: int) -> int | None:
+        return self._split.label(index)
 
 
 def _names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
