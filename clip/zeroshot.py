@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     _make(out)
     log.setup("core", "llm", "clip")
     devices.prepare()
-    params, measured = _measure(experiment, run, split)
+    params, measured = measure(experiment, run, split)
     figures = _figures(measured, split, Path(args.images).stem if args.images else None)
     from clip.eval.report import merge_summary
 
@@ -96,6 +96,7 @@ def _split(args: argparse.Namespace, experiment: Experiment, run: RunFolder, tem
     from clip.data.corpus import open_labelled, open_splits
 
     cache = Path(experiment.data.cache) if experiment.data.cache else run.path.parent / ".cache"
+    split: Split
     if not args.images:
         split = open_splits(experiment.data, experiment.seed, cache).heldout
     else:
@@ -118,14 +119,21 @@ class _Renamed:
     def __init__(self, split: Split, classes: Classes):
         self.classes, self._split = classes, split
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._split, name)
+    @property
+    def fingerprint(self) -> str:
+        return self._split.fingerprint
 
     def __len__(self) -> int:
         return len(self._split)
 
     def __getitem__(self, index: int) -> Any:
         return self._split[index]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._split.captions(index)
+
+    def label(self, index: int) -> int | None:
+        return self._split.label(index)
 
 
 def _names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
@@ -153,8 +161,8 @@ def _make(folder: Path) -> None:
         ) from None
 
 
-def _measure(experiment: Experiment, run: RunFolder, split: Split) -> tuple[Params, Measured]:
-    """On all devices that are here, whatever the run was trained on."""
+def measure(experiment: Experiment, run: RunFolder, split: Split) -> tuple[Params, Measured]:
+    """The newest parameters of a run and what they make of a split, on all devices that are here."""
     import jax
 
     from clip.eval.heldout import make_measure
@@ -172,12 +180,12 @@ def _measure(experiment: Experiment, run: RunFolder, split: Split) -> tuple[Para
     )  # fmt: skip
     params = newest_params(run, target)
     tokenizer = Tokenizer.load(run.tokenizer)
-    measure = make_measure(model, experiment.model, experiment.data, tokenizer, split, mesh)
+    look = make_measure(model, experiment.model, experiment.data, tokenizer, split, mesh)
     with jax.set_mesh(mesh):
-        return params, measure(params, None)
+        return params, look(params, None)
 
 
-def _results(split: Split, measured: Measured) -> dict[str, Classification]:
+def results_of(split: Split, measured: Measured) -> dict[str, Classification]:
     """By what there is to choose from: all classes, and those left out of training where some were."""
     if split.classes is None or not len(measured.labelled):
         return {}
@@ -195,7 +203,7 @@ def _figures(measured: Measured, split: Split, data: str | None) -> dict[str, An
 
     figures: dict[str, Any] = {} if data else measured.figures()
     for name, result in zip(
-        ("zero_shot", "zero_shot_among_heldout"), _results(split, measured).values(), strict=False
+        ("zero_shot", "zero_shot_among_heldout"), results_of(split, measured).values(), strict=False
     ):
         figures |= figures_of(result, name)
     return {f"{name}_on_{data}": value for name, value in figures.items()} if data else figures
@@ -207,7 +215,7 @@ def _print(split: Split, measured: Measured, retrieval: bool) -> None:
     from clip.eval.report import class_table, classification_table, retrieval_table
     from clip.eval.retrieval import chance
 
-    console, results = Console(highlight=False), _results(split, measured)
+    console, results = Console(highlight=False), results_of(split, measured)
     if results and split.classes:
         console.print(classification_table(results))
         console.print(class_table(split.classes.names, next(iter(results.values()))))
@@ -231,7 +239,7 @@ def _write(out: Path, experiment: Experiment, split: Split, measured: Measured, 
         "towers": pictures.plot_towers(*towers(split, measured)),
     }
     files = []
-    for result in list(_results(split, measured).values())[:1]:
+    for result in list(results_of(split, measured).values())[:1]:
         assert split.classes is not None
         names = split.classes.names
         shown["confusion"] = pictures.plot_confusion(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -142,7 +142,7 @@ def plot_similarity(
     axes.set_xticks([])
     for column, image in enumerate(images):
         picture = OffsetImage(image, zoom=34 / max(image.shape[:2]), interpolation="antialiased")
-        above = {"xybox": (0, 2), "boxcoords": "offset points", "box_alignment": (0.5, 0)}
+        above: dict[str, Any] = {"xybox": (0, 2), "boxcoords": "offset points", "box_alignment": (0.5, 0)}
         at = AnnotationBbox(picture, (column, -0.5), frameon=False, pad=0, annotation_clip=False, **above)
         axes.add_artist(at)
     _bare(axes)
@@ -164,9 +164,15 @@ def plot_towers(
     groups = list(dict.fromkeys([*of_texts, *of_images]))
     colors = {group: _color(number, len(groups)) for number, group in enumerate(groups)}
     own = [colors[group] for group in of_images]
-    axes.scatter(*images.T, c=own, s=13, alpha=0.75, linewidths=0)
+    axes.scatter(images[:, 0], images[:, 1], c=own, s=13, alpha=0.75, linewidths=0)
     axes.scatter(
-        *texts.T, c=[colors[group] for group in of_texts], s=60, marker="X", edgecolors=INK, linewidths=0.7
+        texts[:, 0],
+        texts[:, 1],
+        c=[colors[group] for group in of_texts],
+        s=60,
+        marker="X",
+        edgecolors=INK,
+        linewidths=0.7,
     )
     marks = [_mark("o", INK, "an image"), _mark("X", INK, "a caption")]
     marks += [_mark("s", colors[group], group) for group in groups]
