@@ -56,7 +56,8 @@ def model_card(
     folder: Path,
     family: Family | DualFamily,
     experiment: Experiment | DualExperiment,
-    step: int, figures: Mapping[str, Any],
+    step: int,
+    figures: Mapping[str, Any],
     dtype: str,
 ) -> str:
     """Markdown, with what the run was trained with and what it reached."""

@@ -66,7 +66,9 @@ def read_tokenizer(folder: Path) -> CaptionTokenizer:
     tokenizer = CaptionTokenizer.load(folder)
     assert isinstance(tokenizer, CaptionTokenizer)
     if tokenizer.eos_id is None:
-        raise UserError(f"the tokenizer in {folder} has no end of text (eos_token in {CONFIG}): name one there")
+        raise UserError(
+            f"the tokenizer in {folder} has no end of text (eos_token in {CONFIG}): name one there"
+        )
     return tokenizer
 
 
