@@ -50,14 +50,14 @@ class Verified(NamedTuple):
     def words(self, rounded: str) -> str:
         """For the command line; `rounded` says what the weights were rounded to."""
         return (
-            f"logits{rounded} in float32, {self.images} images by {self.captions} captions: largest difference "
-            f"{self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} between "
+            f"logits{rounded} in float32, {self.images} images by {self.captions} captions: largest "
+            f"difference {self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} between "
             f"embeddings, same likeliest caption for {self.same_choice:.2%}"
         )
 
 
 def verify_dual(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> Verified:
-    """Compare embeddings and logits of a run's JAX model with those of `transformers` from `folder`, in float32.
+    """Compare embeddings and logits of a run's JAX model with those of `transformers`, in float32.
 
     Args:
         step: of the run's checkpoint that `folder` was made from, or that was made from it.

@@ -171,6 +171,4 @@ def _ground(random: np.random.Generator) -> Float[np.ndarray, "32 32 3"]:
     corners = random.uniform(0, 75, (2, 1, 1, 3)).astype(np.float32)
     ramp = np.linspace(0, 1, SIZE, dtype=np.float32)
     ramp = ramp[:, None, None] if random.integers(2) else ramp[None, :, None]
-    return np.ascontiguousarray(
-        np.broadcast_to(corners[0] + ramp * (corners[1] - corners[0]), (SIZE, SIZE, 3))
-    )
+    return np.ascontiguousarray(np.broadcast_to(corners[0] + ramp * (corners[1] - corners[0]), (SIZE, SIZE, 3)))

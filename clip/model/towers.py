@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +20,7 @@ def tower_blocks(config: Tower, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
     Kernels are normal with the deviations of `CLIP.initialize_parameters` (openai/CLIP, clip/model.py). That
     leaves the image tower to PyTorch's defaults; here both have these, which shrink with depth.
     """
-    blocks = stack(lambda rngs: Block(config, compute, rngs), config.num_layers, rngs)  # type: ignore[arg-type]
+    blocks = cast(Block, stack(lambda rngs: Block(config, compute, rngs), config.num_layers, rngs))
     attention, mlp, d = blocks.attention, blocks.mlp, config.embed_dim
     residual = (2 * config.num_layers * d) ** -0.5
     deviations = [

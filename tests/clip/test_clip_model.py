@@ -134,7 +134,7 @@ def test_siglip_reads_the_whole_row():
 
 @BOTH
 def test_every_patch_is_seen(config):
-    images, tokens, ends = batch()
+    images, _, _ = batch()
 
     def first(x):
         return blueprint(config).bind(params(config)).encode_image(x)[:, 0].sum()
@@ -171,7 +171,7 @@ def test_the_patches_that_are_kept_differ_by_image_and_key():
     ids=["clip", "siglip"],
 )
 def test_sharded_equals_unsharded(axes, config):
-    """6 patches and a class token, or 6, and 6 text tokens: not all of which divide over `tensor`."""
+    """6 of 9 patches, with a class token or without, and 6 tokens of text: 7 don't divide over `tensor`."""
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, patch_dropout=0.3))
     function = loss_and_gradient(config, key=jax.random.key(5))
     want = jax.jit(function)(params(config), *batch())
