@@ -33,7 +33,8 @@ def write_files(family: DualFamily, config: CLIPConfig, run: RunFolder, dtype: s
     if config.text.pool == "end" and tokenizer.eos_id == _LEGACY_END:
         raise UserError(
             f"the end of text has the id {_LEGACY_END} in {run.tokenizer}, which in a CLIP's config.json "
-            "means that texts end at their largest id: train with a tokenizer that gives it another id to export it"
+            "means that texts end at their largest id: train with a tokenizer that gives it another id to "
+            "export it"
         )
     said = family.to_json(config)
     # Padding is the end of text; transformers' own value for it would be of another vocabulary.

@@ -51,8 +51,8 @@ class Verified(NamedTuple):
         """For the command line; `rounded` says what the weights were rounded to."""
         return (
             f"logits{rounded} in float32, {self.images} images by {self.captions} captions: largest "
-            f"difference {self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} between "
-            f"embeddings, same likeliest caption for {self.same_choice:.2%}"
+            f"difference {self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} "
+            f"between embeddings, same likeliest caption for {self.same_choice:.2%}"
         )
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clip.model.config import Tower
+from clip.model.config import ImageConfig, TextConfig
 from core.module import stack
 from llm.model.transformer import Block, Compute
 
 
-def tower_blocks(config: Tower, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+def tower_blocks(config: ImageConfig | TextConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
     """The tower's blocks as one, to be run by `llm.model.transformer.scan_blocks`.
 
     Kernels are normal with the deviations of `CLIP.initialize_parameters` (openai/CLIP, clip/model.py). That
