@@ -9,9 +9,10 @@
 | `ring`      | anything | yes       | yes    | no       | no         | any               | S      |
 
 `documents`: whether those of a row are kept apart; GPUs are NVIDIA's. A row without documents of its own
-(`starts` is None) suits all. Blockwise skips the blocks that a window or sparsity empties, cuDNN those outside a window. `ring` is for sequences divided over `mesh.context`: there
-`blockwise` and `reference` gather keys and values whole. Shapes that the kernels lack are in `refusal`. On
-the CPU `pallas` is interpreted, for tests. Decoding with a cache and captured maps always take the reference.
+(`starts` is None) suits all. Blockwise skips the blocks that a window or sparsity empties, cuDNN those
+outside a window. `ring` is for sequences divided over `mesh.context`: there `blockwise` and `reference`
+gather keys and values whole. Shapes that the kernels lack are in `refusal`. On the CPU `pallas` is
+interpreted, for tests. Decoding with a cache and captured maps always take the reference.
 """
 
 from __future__ import annotations
