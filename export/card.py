@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.config import to_yaml
 from clip.config import Experiment as DualExperiment
+from core.config import to_yaml
 from export.families.dual import DualFamily
 from export.families.family import Family
 from llm.config import Experiment
@@ -48,15 +48,17 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 images = AutoImageProcessor.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = AutoModel.from_pretrained("{folder}")
-tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-scores = model(pixel_values=images(pictures, return_tensors="pt").pixel_values, input_ids=tokens).logits_per_image"""
+tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+pixels = images(pictures, return_tensors="pt")
+scores = model(pixel_values=pixels.pixel_values, input_ids=tokens.input_ids).logits_per_image"""
 
 
 def model_card(
     folder: Path,
     family: Family | DualFamily,
     experiment: Experiment | DualExperiment,
-    step: int, figures: Mapping[str, Any],
+    step: int,
+    figures: Mapping[str, Any],
     dtype: str,
 ) -> str:
     """Markdown, with what the run was trained with and what it reached."""

@@ -32,8 +32,9 @@ def write_files(family: DualFamily, config: CLIPConfig, run: RunFolder, dtype: s
     tokenizer = read_tokenizer(run.tokenizer)
     if config.text.pool == "end" and tokenizer.eos_id == _LEGACY_END:
         raise UserError(
-            f"the end of text has the id {_LEGACY_END} in {run.tokenizer}, which in a CLIP's config.json means "
-            "that texts end at their largest id: train with a tokenizer that gives it another id to export it"
+            f"the end of text has the id {_LEGACY_END} in {run.tokenizer}, which in a CLIP's config.json "
+            "means that texts end at their largest id: train with a tokenizer that gives it another id to "
+            "export it"
         )
     said = family.to_json(config)
     # Padding is the end of text; transformers' own value for it would be of another vocabulary.
@@ -66,7 +67,9 @@ def read_tokenizer(folder: Path) -> CaptionTokenizer:
     tokenizer = CaptionTokenizer.load(folder)
     assert isinstance(tokenizer, CaptionTokenizer)
     if tokenizer.eos_id is None:
-        raise UserError(f"the tokenizer in {folder} has no end of text (eos_token in {CONFIG}): name one there")
+        raise UserError(
+            f"the tokenizer in {folder} has no end of text (eos_token in {CONFIG}): name one there"
+        )
     return tokenizer
 
 

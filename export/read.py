@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clip.config import Experiment as DualExperiment
 from clip.model.config import CLIPConfig
 from core.config import parse, to_dict, to_yaml
 from core.errors import UserError
 from core.log import in_bytes, progress
 from core.run import RunFolder
+from export import dual
 from export.families import named_family
 from export.families.dual import DualFamily
 from export.families.family import Family
 from export.families.table import Tensor, contiguous, tensors
-from export import dual
 from export.folder import new_folder
 from export.shards import Stored, find_tensors
 from export.write import shapes_of
@@ -114,10 +115,13 @@ def import_run(folder: Path, out: Path) -> None:
 
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
+    tokenizer: Tokenizer
+    experiment: Experiment | DualExperiment
     if isinstance(config, CLIPConfig):
-        tokenizer, rows, experiment = dual.read_tokenizer(folder), config.text.vocab_size, dual.experiment
+        tokenizer, rows = dual.read_tokenizer(folder), config.text.vocab_size
+        experiment = dual.experiment(config, out)
     else:
-        tokenizer, rows, experiment = _read_tokenizer(folder), config.vocab_size, _experiment
+        tokenizer, rows, experiment = _read_tokenizer(folder), config.vocab_size, _experiment(config, out)
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} ids, and the model {rows}: "
@@ -131,7 +135,7 @@ def import_run(folder: Path, out: Path) -> None:
             section = section.setdefault(key, {})
         section[name] = jax.ShapeDtypeStruct(shape, np.float32)
     with new_folder(out) as unfinished:
-        run = RunFolder.create(unfinished, to_yaml(experiment(config, out)))
+        run = RunFolder.create(unfinished, to_yaml(experiment))
         tokenizer.save(run.tokenizer)
         write_params(run, shapes, _pieces(checkpoint), {"imported": checkpoint.family.name})
     _log.info("%s, a %s, as the run %s", folder, checkpoint.family.name, out)

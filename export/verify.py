@@ -45,8 +45,8 @@ class Verified(NamedTuple):
     def words(self, rounded: str) -> str:
         """For the command line; `rounded` says what the weights were rounded to."""
         return (
-            f"logits{rounded} in float32, {self.prompts} prompts of {self.tokens:,} tokens: largest difference "
-            f"{self.difference:.2e} (of logits up to {self.largest:.1f}), same likeliest token at "
+            f"logits{rounded} in float32, {self.prompts} prompts of {self.tokens:,} tokens: largest "
+            f"difference {self.difference:.2e} (of logits up to {self.largest:.1f}), same likeliest token at "
             f"{self.same_choice:.2%}"
         )
 

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from core.run import RunFolder
 from export.dual import read_tokenizer
 from export.families.dual import PREPROCESSOR
 from export.verify import libraries
+
+if TYPE_CHECKING:
+    from core.module import Blueprint
 
 _CAPTIONS = (
     "a red seven above a green two",
@@ -46,14 +50,14 @@ class Verified(NamedTuple):
     def words(self, rounded: str) -> str:
         """For the command line; `rounded` says what the weights were rounded to."""
         return (
-            f"logits{rounded} in float32, {self.images} images by {self.captions} captions: largest difference "
-            f"{self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} between "
-            f"embeddings, same likeliest caption for {self.same_choice:.2%}"
+            f"logits{rounded} in float32, {self.images} images by {self.captions} captions: largest "
+            f"difference {self.difference:.2e} (of logits up to {self.largest:.1f}), {self.embeddings:.2e} "
+            f"between embeddings, same likeliest caption for {self.same_choice:.2%}"
         )
 
 
 def verify_dual(run: RunFolder, step: int, folder: Path, dtype: str = "float32") -> Verified:
-    """Compare embeddings and logits of a run's JAX model with those of `transformers` from `folder`, in float32.
+    """Compare embeddings and logits of a run's JAX model with those of `transformers`, in float32.
 
     Args:
         step: of the run's checkpoint that `folder` was made from, or that was made from it.
@@ -77,16 +81,16 @@ def verify_dual(run: RunFolder, step: int, folder: Path, dtype: str = "float32")
     same = ours[-1].argmax(-1) == theirs[-1].argmax(-1)
     largest = float(np.abs(theirs[-1]).max())
     _log.info("verified with transformers %s, torch %s", transformers.__version__, torch.__version__)
-    return Verified(
-        len(images), len(tokens), max(apart), max(apart[:2]), largest, float(same.mean())
-    )
+    return Verified(len(images), len(tokens), max(apart), max(apart[:2]), largest, float(same.mean()))
 
 
 def _check_tokens(
     transformers: Any, folder: Path, tokenizer: CaptionTokenizer, tokens: np.ndarray, ends: np.ndarray
 ) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = theirs(list(_CAPTIONS), padding="max_length", max_length=tokens.shape[1], truncation=True).input_ids
+    found = theirs(
+        list(_CAPTIONS), padding="max_length", max_length=tokens.shape[1], truncation=True
+    ).input_ids
     for caption, ours, end, their in zip(_CAPTIONS, tokens, ends, found, strict=True):
         # What follows the end is padding, whose id an import may have otherwise.
         if ours[: end + 1].tolist() != their[: end + 1]:
@@ -107,7 +111,9 @@ def _check_pixels(transformers: Any, folder: Path, images: np.ndarray, ours: np.
         return
     theirs = np.asarray(theirs).transpose(0, 2, 3, 1)
     if theirs.shape != ours.shape or not np.abs(theirs - ours).max() < _PIXELS:
-        raise UserError(f"transformers makes other pixels of an image by {folder / PREPROCESSOR} than training did")
+        raise UserError(
+            f"transformers makes other pixels of an image by {folder / PREPROCESSOR} than training did"
+        )
 
 
 def _in_torch(
@@ -146,13 +152,23 @@ def _in_jax(
     import jax
     import jax.numpy as jnp
 
-    from clip.model.model import blueprint, pixels
     from core.checkpoint import Checkpointer
 
-    model = blueprint(config)
+    model, forward = _program(config)
     with Checkpointer(run.checkpoints) as checkpointer:
         params = checkpointer.restore_params(step, model.shapes)
     params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+    with jax.default_matmul_precision("highest"):
+        return [np.asarray(part) for part in forward(params, images, tokens, ends)]
+
+
+@functools.cache
+def _program(config: CLIPConfig) -> tuple[Blueprint, Any]:
+    import jax
+
+    from clip.model.model import blueprint, pixels
+
+    model = blueprint(config)
 
     @jax.jit
     def forward(params, images, tokens, ends):
@@ -160,5 +176,4 @@ def _in_jax(
         image, text = bound.encode_image(x), bound.encode_text(tokens, ends)
         return x, image, text, bound.logits(image, text)
 
-    with jax.default_matmul_precision("highest"):
-        return [np.asarray(part) for part in forward(params, images, tokens, ends)]
+    return model, forward

@@ -52,9 +52,7 @@ def _siglip() -> tuple[CLIPConfig, transformers.PreTrainedConfig]:
         logit_bias=True,
     )
     ends = {"bos_token_id": None, "eos_token_id": None}
-    theirs = transformers.SiglipConfig(
-        text_config=TEXT | ends | {"projection_size": 36}, vision_config=IMAGE
-    )
+    theirs = transformers.SiglipConfig(text_config=TEXT | ends | {"projection_size": 36}, vision_config=IMAGE)
     return ours, theirs
 
 

@@ -75,9 +75,9 @@ class Tower:
 class ImageConfig(Tower):
     """A Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929) over squares of `patch_size` pixels.
 
-    `pool` says what of its output is the image's embedding. `class`: a token of its own, normed and projected,
-    as in CLIP (Radford et al. 2021, arXiv:2103.00020). `attention`: a learned query over all patches, as in
-    SigLIP (Zhai et al. 2023, arXiv:2303.15343), whose projection is the identity.
+    `pool` says what of its output is the image's embedding. `class`: a token of its own, normed and
+    projected, as in CLIP (Radford et al. 2021, arXiv:2103.00020). `attention`: a learned query over all
+    patches, as in SigLIP (Zhai et al. 2023, arXiv:2303.15343), whose projection is the identity.
     """
 
     size: int = Field(kw_only=True, ge=1)  # pixels, of a side
@@ -93,8 +93,8 @@ class ImageConfig(Tower):
     def _check_size(self):
         if self.size % self.patch_size:
             raise ValueError(
-                f"size ({self.size}) is not a multiple of patch_size ({self.patch_size}): whole patches cover "
-                "the image"
+                f"size ({self.size}) is not a multiple of patch_size ({self.patch_size}): whole patches "
+                "cover the image"
             )
         if min(self.std) <= 0:
             raise ValueError(f"std {list(self.std)} must be positive: pixels are divided by it")

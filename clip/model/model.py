@@ -1,5 +1,5 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020) and SigLIP (Zhai et al. 2023, arXiv:2303.15343): two towers, and
-the scale (and bias) by which the products of their embeddings become logits.
+"""CLIP (Radford et al. 2021, arXiv:2103.00020) and SigLIP (Zhai et al. 2023, arXiv:2303.15343): two towers,
+and the scale (and bias) by which the products of their embeddings become logits.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def check_mesh(config: CLIPConfig, mesh: Mesh | AbstractMesh) -> None:
     for axis in ("context", "expert"):
         if mesh.shape[axis] > 1:
             raise UserError(
-                f"mesh.{axis} is {mesh.shape[axis]}, and an image and a caption are not divided over devices: "
-                "use mesh.data"
+                f"mesh.{axis} is {mesh.shape[axis]}, and an image and a caption are not divided over "
+                "devices: use mesh.data"
             )
     for name, tower in (("image", config.image), ("text", config.text)):
         sizes = {"num_heads": "heads", "embed_dim": "embed", "mlp_dim": "mlp"}

@@ -31,7 +31,7 @@ class TextTower(nnx.Module):
         )
 
     def __call__(self, tokens: Int[Array, "B T"], ends: Int[Array, " B"]) -> Float[Array, "B E"]:
-        """The projected embeddings in float32, not yet of unit length. `ends`: where each text's last token is.
+        """The projected embeddings in float32, not yet of unit length. `ends`: where each text ends.
 
         Raises:
             ValueError: for more tokens than `config.length`.

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clip.model.config import Tower
+from clip.model.config import ImageConfig, TextConfig
 from core.module import stack
 from llm.model.transformer import Block, Compute
 
 
-def tower_blocks(config: Tower, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+def tower_blocks(config: ImageConfig | TextConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
     """The tower's blocks as one, to be run by `llm.model.transformer.scan_blocks`.
 
     Kernels are normal with the deviations of `CLIP.initialize_parameters` (openai/CLIP, clip/model.py). That
     leaves the image tower to PyTorch's defaults; here both have these, which shrink with depth.
     """
-    blocks = stack(lambda rngs: Block(config, compute, rngs), config.num_layers, rngs)  # type: ignore[arg-type]
+    blocks = cast(Block, stack(lambda rngs: Block(config, compute, rngs), config.num_layers, rngs))
     attention, mlp, d = blocks.attention, blocks.mlp, config.embed_dim
     residual = (2 * config.num_layers * d) ** -0.5
     deviations = [

@@ -53,7 +53,8 @@ def dual_family_of(config: CLIPConfig) -> DualFamily:
     if missing := nearest.missing(config):
         raise UserError(
             f"no kind of dual encoder that transformers has computes what this one does: {nearest.name}, the "
-            f"nearest, would need in `model` {', '.join(missing.values())}; train a model with that to export it"
+            f"nearest, would need in `model` {', '.join(missing.values())}; train a model with that to "
+            "export it"
         )
     return nearest
 

@@ -10,7 +10,6 @@ from export.families.family import Keys
 from export.families.table import Row
 
 TABLE = (
-    Row("logit_scale", "logit_scale", " -> "),
     Row("text.embedding", "text_model.embeddings.token_embedding.weight", "v d -> v d"),
     Row("text.positions", "text_model.embeddings.position_embedding.weight", "t d -> t d"),
     *tower("text", "text_model"),
@@ -23,6 +22,7 @@ TABLE = (
     *norm("image.norm", "vision_model.post_layernorm"),
     Row("image.projection.kernel", "visual_projection.weight", "d e -> e d"),
     Row("text.projection.kernel", "text_projection.weight", "d e -> e d"),
+    Row("logit_scale", "logit_scale", " -> "),
 )
 
 

@@ -32,19 +32,22 @@ SECTIONS = {
 THEIRS = {"text": "text_config", "image": "vision_config"}
 # What a section says besides: of training, of the file, and what every configuration of theirs once held of
 # generating text, which no dual encoder does.
-_BESIDE = """
-    _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout
-    attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_factor
-    initializer_range is_decoder is_encoder_decoder label2id length_penalty logit_scale_init_value max_length
-    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type projection_dim pruned_heads
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class
-    top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16
-""".split()
+_BESIDE = (
+    "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "dropout", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_factor", "initializer_range",
+    "is_decoder", "is_encoder_decoder", "label2id", "length_penalty", "logit_scale_init_value",
+    "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
+    "prefix", "problem_type", "projection_dim", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "use_bfloat16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class DualFamily:
         return {"architectures": [self.architecture], "model_type": self.name, **top, **sections}
 
     def from_json(self, data: Mapping[str, Any], path: Path) -> CLIPConfig:
-        """The model that a `config.json` describes, and the colours that the processor beside it normalizes to.
+        """The model that a `config.json` describes, and the colours by the processor beside it.
 
         Raises:
             UserError: for a key that is unknown, or has a value that a model of ours can't have.
@@ -171,7 +174,7 @@ def processor_json(config: CLIPConfig) -> dict[str, Any]:
 
 
 def read_colours(folder: Path) -> dict[str, Any]:
-    """`mean` and `std` of the image processor in a folder; nothing where there is none, or it says nothing."""
+    """`mean` and `std` of the image processor in a folder; nothing where it says nothing."""
     for name in (PREPROCESSOR, PROCESSOR):
         if (folder / name).is_file():
             said = json.loads(read(folder / name))

@@ -11,8 +11,6 @@ from export.families.table import Row
 
 _HEAD = "vision_model.head"
 TABLE = (
-    Row("logit_scale", "logit_scale", " -> ()"),
-    Row("logit_bias", "logit_bias", " -> ()"),
     Row("text.embedding", "text_model.embeddings.token_embedding.weight", "v d -> v d"),
     Row("text.positions", "text_model.embeddings.position_embedding.weight", "t d -> t d"),
     *tower("text", "text_model"),
@@ -25,14 +23,14 @@ TABLE = (
     *tower("image", "vision_model"),
     *norm("image.norm", "vision_model.post_layernorm"),
     Row("image.head.probe", f"{_HEAD}.probe", "d -> () () d"),
-    Row(
-        "image.head.{query|key|value}.kernel", f"{_HEAD}.attention.in_proj_weight", "c d h k -> (c h k) d"
-    ),
+    Row("image.head.{query|key|value}.kernel", f"{_HEAD}.attention.in_proj_weight", "c d h k -> (c h k) d"),
     Row("image.head.{query|key|value}.bias", f"{_HEAD}.attention.in_proj_bias", "c h k -> (c h k)"),
     Row("image.head.out.kernel", f"{_HEAD}.attention.out_proj.weight", "h k d -> d (h k)"),
     Row("image.head.out.bias", f"{_HEAD}.attention.out_proj.bias", "d -> d"),
     *norm("image.head.norm", f"{_HEAD}.layernorm"),
     *mlp("image.head.mlp", f"{_HEAD}.mlp"),
+    Row("logit_scale", "logit_scale", " -> ()"),
+    Row("logit_bias", "logit_bias", " -> ()"),
 )
 
 

@@ -1,17 +1,18 @@
 """The one entry to attention. A mask that a backend can't honour is an error, never an approximation.
 
-| backend     | runs on     | documents apart | window | block sparsity | not causal | dtypes            | memory |
-| ----------- | ----------- | --------------- | ------ | -------------- | ---------- | ----------------- | ------ |
-| `reference` | anything    | yes             | yes    | yes            | yes        | any               | S^2    |
-| `blockwise` | anything    | yes             | yes    | yes            | yes        | any               | S      |
-| `pallas`    | NVIDIA GPUs | yes             | no     | no             | no         | bfloat16, float16 | S      |
-| `cudnn`     | NVIDIA GPUs | no              | yes    | no             | yes        | bfloat16, float16 | S      |
-| `ring`      | anything    | yes             | yes    | no             | no         | any               | S      |
+| backend     | runs on  | documents | window | sparsity | not causal | dtypes            | memory |
+| ----------- | -------- | --------- | ------ | -------- | ---------- | ----------------- | ------ |
+| `reference` | anything | yes       | yes    | yes      | yes        | any               | S^2    |
+| `blockwise` | anything | yes       | yes    | yes      | yes        | any               | S      |
+| `pallas`    | GPUs     | yes       | no     | no       | no         | bfloat16, float16 | S      |
+| `cudnn`     | GPUs     | no        | yes    | no       | yes        | bfloat16, float16 | S      |
+| `ring`      | anything | yes       | yes    | no       | no         | any               | S      |
 
-A row without documents of its own (`starts` is None) suits all. Blockwise skips the blocks that a window or
-sparsity empties, cuDNN those outside a window. `ring` is for sequences divided over `mesh.context`: there
-`blockwise` and `reference` gather keys and values whole. Shapes that the kernels lack are in `refusal`. On
-the CPU `pallas` is interpreted, for tests. Decoding with a cache and captured maps always take the reference.
+`documents`: whether those of a row are kept apart; GPUs are NVIDIA's. A row without documents of its own
+(`starts` is None) suits all. Blockwise skips the blocks that a window or sparsity empties, cuDNN those
+outside a window. `ring` is for sequences divided over `mesh.context`: there `blockwise` and `reference`
+gather keys and values whole. Shapes that the kernels lack are in `refusal`. On the CPU `pallas` is
+interpreted, for tests. Decoding with a cache and captured maps always take the reference.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -12,8 +13,7 @@ from core.mesh import shard
 from llm.model.config import BlockShape
 from llm.model.layers import Linear, swiglu
 
-
-GELUS = {
+GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -144,8 +144,8 @@ class Block(nnx.Module):
 def scan_blocks(blocks: nnx.Module, x: Float[Array, "B S D"], view: View, compute: Compute, capture=False):
     """One after the other the blocks that `core.module.stack` made one, of any Transformer.
 
-    Returns the last one's output, what `capture` asks for of each (see `Transformer`), and the routing's means
-    over blocks; the latter two None where there are none.
+    Returns the last one's output, what `capture` asks for of each (see `Transformer`), and the routing's
+    means over blocks; the latter two None where there are none.
     """
     graph, stacked = nnx.split(blocks)
 

@@ -1,4 +1,4 @@
-"""Embeddings, logits and gradients against Hugging Face's CLIP and SigLIP: random weights, odd shapes, float32.
+"""Embeddings, logits and gradients against Hugging Face's CLIP and SigLIP: random weights, odd shapes.
 
 The weights, and the gradients in their place, go the way of any checkpoint: `transformers` writes them, and
 `export.read` reads them.
