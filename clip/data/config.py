@@ -55,7 +55,7 @@ class Source:
     @classmethod
     def _expand(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("templates"), list):
-            return value | {"templates": tuple(value["templates"])}  # what is looked at here isn't JSON any more
+            return value | {"templates": tuple(value["templates"])}  # no JSON any more
         if not isinstance(value, str):
             return value
         if value != "embedded":
