@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from clip.config import Experiment
 from clip.data.captions import count_cut
 from clip.data.corpus import Splits, open_splits
-from clip.data.tokenizer import caption_tokenizer
+from clip.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, check_mesh
-from clip.tokenizer import CaptionTokenizer
 from core.checkpoint import Checkpointer, newest_params
 from core.config import load, to_yaml
 from core.distributed import first_before_others, on_first

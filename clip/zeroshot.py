@@ -165,21 +165,18 @@ def measure(experiment: Experiment, run: RunFolder, split: Split) -> tuple[Param
     """The newest parameters of a run and what they make of a split, on all devices that are here."""
     import jax
 
+    from clip.data.tokenizer import CaptionTokenizer
     from clip.eval.heldout import make_measure
     from clip.model.model import blueprint
     from core.checkpoint import newest_params
     from core.mesh import make_mesh, shardings
     from core.options import MeshConfig
+    from core.state import targets
     from llm.model.transformer import Compute
-    from llm.tokenizer import Tokenizer
 
     model, mesh = blueprint(experiment.model, Compute(experiment.train.dtype)), make_mesh(MeshConfig())
-    target = jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        model.shapes, shardings(mesh, model.axes),
-    )  # fmt: skip
-    params = newest_params(run, target)
-    tokenizer = Tokenizer.load(run.tokenizer)
+    params = newest_params(run, targets(model.shapes, shardings(mesh, model.axes)))
+    tokenizer = CaptionTokenizer.load(run.tokenizer)
     look = make_measure(model, experiment.model, experiment.data, tokenizer, split, mesh)
     with jax.set_mesh(mesh):
         return params, look(params, None)

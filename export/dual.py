@@ -10,8 +10,8 @@ import tokenizers
 
 from clip.config import Experiment
 from clip.data.captions import encode_captions
+from clip.data.tokenizer import CaptionTokenizer
 from clip.model.config import CLIPConfig
-from clip.tokenizer import CaptionTokenizer
 from core.config import parse, to_dict
 from core.errors import UserError
 from core.run import RunFolder
@@ -65,7 +65,6 @@ def read_tokenizer(folder: Path) -> CaptionTokenizer:
             f"{folder} has its tokenizer as spiece.model alone: add the {TOKENIZER} that belongs to the model"
         )
     tokenizer = CaptionTokenizer.load(folder)
-    assert isinstance(tokenizer, CaptionTokenizer)
     if tokenizer.eos_id is None:
         raise UserError(
             f"the tokenizer in {folder} has no end of text (eos_token in {CONFIG}): name one there"

@@ -13,8 +13,8 @@ import numpy as np
 
 from clip.config import Experiment
 from clip.data.captions import encode_captions
+from clip.data.tokenizer import CaptionTokenizer
 from clip.model.config import CLIPConfig
-from clip.tokenizer import CaptionTokenizer
 from core.config import load
 from core.errors import UserError
 from core.run import RunFolder

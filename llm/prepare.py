@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ from llm.data.corpus import Corpus, Member, open_corpus
 from llm.data.loader import Mixture, TokenDataset, open_dataset, read_index
 from llm.data.selection import read_selection, selection_fingerprint
 from llm.data.shards import boundaries, build_shards, shards_key, unfinished
-from llm.tokenizer import Tokenizer, save, train_bpe
+from llm.tokenizer import Tokenizer, keep, train_bpe
 
 _log = logging.getLogger("llm.prepare")  # also where this is the main module
 
@@ -190,15 +188,7 @@ def _tokenizer(experiment: Experiment, corpus: Corpus, cache: Path) -> Tokenizer
         size = None if corpus.num_bytes is None else min(TOKENIZER_BYTES, corpus.num_bytes)
         name = f"{'tokenizer' if options.vocab_size else 'model'}.vocab_size"
         bpe = train_bpe(_sample(corpus), vocab_size, options.pattern, size=size, name=name)
-        unfinished = cache / f".{folder.name}-{uuid.uuid4().hex}"
-        try:
-            save(bpe, unfinished)
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process trained the same at the same time, and was first
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        keep(folder, bpe)
     return Tokenizer.load(folder)
 
 

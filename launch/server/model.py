@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.config import load
+from core.errors import UserError
 from core.module import Params
 from core.run import RunFolder
 from llm.config import Experiment
@@ -52,5 +53,9 @@ class Served:
         from llm.model.transformer import blueprint
 
         config = read_config(folder)
+        if not isinstance(config, ModelConfig):
+            raise UserError(
+                f"{folder} compares images with captions and writes no text: name a language model"
+            )
         params = read_params(folder, blueprint(config).shapes)
         return cls(name or folder.resolve().name, config, params, Tokenizer.load(folder))

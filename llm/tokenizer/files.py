@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from pathlib import Path
 
 from core.errors import UserError
@@ -27,6 +29,19 @@ def save(bpe: BPE, folder: str | Path) -> None:
         if token not in bpe.special_tokens:
             raise UserError(f"the special token {token} is missing: keep {', '.join((BEGIN, END, PAD))}")
     write(folder, as_bytes(to_json(bpe)), to_config(BEGIN, END, PAD))
+
+
+def keep(folder: Path, bpe: BPE) -> None:
+    """`save` into a new folder, there whole or not at all; one that another process has made stays."""
+    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        save(bpe, unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else it trained the same at the same time, and was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write(folder: Path, tokenizer: bytes, config: dict) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import tokenizers
 from tokenizers.models import BPE
@@ -66,7 +67,7 @@ class Tokenizer:
         self._require_lossless()
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path) -> Self:
         """Read a `tokenizer.json` or a SentencePiece `.model`, or the folder of one.
 
         The roles of special tokens are those in `tokenizer_config.json` beside it; a `.model` knows its own.
@@ -148,7 +149,7 @@ class Tokenizer:
         return {self._bytes[i]: i for i in sorted(ordinary, key=lambda i: (i not in fallback, -i))}
 
     def _require_lossless(self) -> None:
-        """A kind of tokenizer that needn't keep a text may do otherwise (`clip.tokenizer`)."""
+        """A kind of tokenizer that needn't keep a text may do otherwise (`clip.data.tokenizer`)."""
         if not self._byte_level and not self._byte_fallback:
             raise UserError(
                 f"the tokenizer in {self.path} ({type(self._engine.model).__name__}) is not supported: only "

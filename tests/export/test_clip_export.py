@@ -21,8 +21,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from clip.config import Experiment
 from clip.data.captions import encode_captions
 from clip.data.images import center_crop
+from clip.data.tokenizer import CaptionTokenizer
 from clip.model.model import pixels
-from clip.tokenizer import CaptionTokenizer
 from core.config import load
 from core.errors import UserError
 from core.run import RunFolder
