@@ -20,7 +20,7 @@ from core.plots import BLUE, COLORS, GRID, INK, new_figure
 # From near white to near black through the blue of all plots.
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f3f6f9", "#a9cbe4", BLUE, "#0c2c47"])
 
-NAMED = 72  # classes named along a side; of more, every second, third, ...
+NAMED = 80  # classes named along a side; of more, every second, third, ...
 COUNTED = 16  # classes, at most, whose counts stand in the cells of a confusion matrix
 _LIGHT_BLUE, _LIGHT_RED, _LIGHT = "#b9d6ea", "#f0bfc5", "#e1e4e8"
 
@@ -92,14 +92,18 @@ def _draw_choices(axes: Axes, case: Case) -> None:
 
 
 def plot_confusion(confusion: Int[np.ndarray, "C C"], names: Sequence[str], title: str = "") -> Figure:
-    """What the images of each class (a row) were taken for, as shares of it; few classes with counts."""
-    count = len(names)
-    side = 1.2 + (0.5 if count <= COUNTED else 0.15) * min(count, NAMED)
+    """What the images of each class (a row) were taken for, as shares of it; few classes with counts.
+
+    Classes without images have no row.
+    """
+    asked = np.flatnonzero(confusion.sum(axis=1))
+    confusion, count = confusion[asked], len(names)
+    size = 0.5 if count <= COUNTED else 0.15
+    width, height = (1.2 + size * min(number, NAMED) for number in (count, len(asked)))
     margin = 0.07 * max(map(len, names))
-    figure = new_figure(side + margin + 0.9, side + margin + (0.3 if title else 0))
+    figure = new_figure(width + margin + 0.9, height + margin + (0.3 if title else 0))
     axes = figure.subplots()
-    totals = confusion.sum(axis=1, keepdims=True)
-    shares = confusion / np.maximum(totals, 1)
+    shares = confusion / confusion.sum(axis=1, keepdims=True)
     image = axes.imshow(shares, cmap=SHADES, vmin=0, vmax=1)
     if count <= COUNTED:
         for (row, column), value in np.ndenumerate(confusion):
@@ -107,10 +111,9 @@ def plot_confusion(confusion: Int[np.ndarray, "C C"], names: Sequence[str], titl
                 color = "white" if shares[row, column] > 0.45 else INK
                 axes.text(column, row, str(value), ha="center", va="center", fontsize=7.5, color=color)
     fontsize = 8 if count <= COUNTED else 6
-    shown = range(0, count, math.ceil(count / NAMED))
-    labels = [names[i] for i in shown]
-    axes.set_xticks(shown, labels, rotation=90, fontsize=fontsize, parse_math=False)
-    axes.set_yticks(shown, labels, fontsize=fontsize, parse_math=False)
+    columns, rows = (range(0, number, math.ceil(number / NAMED)) for number in (count, len(asked)))
+    axes.set_xticks(columns, [names[i] for i in columns], rotation=90, fontsize=fontsize, parse_math=False)
+    axes.set_yticks(rows, [names[asked[i]] for i in rows], fontsize=fontsize, parse_math=False)
     axes.set_xlabel("taken for", fontsize=9, color=INK)
     axes.set_ylabel("class", fontsize=9, color=INK)
     if title:
