@@ -18,42 +18,44 @@ _CLIP = 10.0  # standard deviations
 
 
 class Moments(NamedTuple):
-    """Of all that was seen: how much, its mean, and the sum of squared deviations from it."""
+    """Of all that was seen: how much, its mean and its variance."""
 
-    count: jax.Array
+    seen: jax.Array
     mean: jax.Array
-    squares: jax.Array
+    variance: jax.Array
 
     @property
     def deviation(self) -> jax.Array:
         """The standard deviation; 1 where nothing was seen."""
-        seen = jnp.maximum(self.count, 1.0)
-        return jnp.where(self.count > 0, jnp.sqrt(self.squares / seen + _EPSILON), 1.0)
+        return jnp.sqrt(self.variance + _EPSILON)
 
 
 def no_moments(shape: tuple[int, ...] = ()) -> Moments:
     """Before anything was seen."""
-    return Moments(jnp.float32(0), jnp.zeros(shape), jnp.zeros(shape))
+    return Moments(jnp.float32(0), jnp.zeros(shape), jnp.ones(shape))
 
 
 def merge(moments: Moments, batch: jax.Array) -> Moments:
-    """With a batch [..., *shape] added."""
+    """With a batch [..., *shape] added.
+
+    Written as steps towards the batch, which stay right when `seen` has grown past float32's whole numbers.
+    """
     batch = batch.reshape(-1, *moments.mean.shape)
     mean = batch.mean(0)
-    squares = ((batch - mean) ** 2).sum(0)
-    count = moments.count + len(batch)
-    delta = mean - moments.mean
+    variance = ((batch - mean) ** 2).mean(0)
+    seen = moments.seen + len(batch)
+    share, delta = len(batch) / seen, mean - moments.mean
     return Moments(
-        count,
-        moments.mean + delta * len(batch) / count,
-        moments.squares + squares + delta**2 * moments.count * len(batch) / count,
+        seen,
+        moments.mean + share * delta,
+        moments.variance + share * (variance - moments.variance + (1 - share) * delta**2),
     )
 
 
 def normalize(moments: Moments, observations: jax.Array) -> jax.Array:
     """Observations [..., *shape] in standard deviations from the mean; as they are where nothing was seen."""
     scaled = (observations - moments.mean) / moments.deviation
-    return jnp.where(moments.count > 0, jnp.clip(scaled, -_CLIP, _CLIP), observations)
+    return jnp.where(moments.seen > 0, jnp.clip(scaled, -_CLIP, _CLIP), observations)
 
 
 class RewardScale(NamedTuple):
