@@ -37,8 +37,7 @@ class Programs(NamedTuple):
     """What is compiled once for a run. Every leaf of a state has the leading axis [seeds]."""
 
     init: Callable[[], State]
-    # State, number of updates -> state, means over the updates [seeds].
-    advance: Callable[[State, int], tuple[State, dict[str, jax.Array]]]
+    advance: Any  # jitted: state, number of updates -> state, means over the updates [seeds]
     evaluate: Callable[[Any, int], tuple[jax.Array, jax.Array]]  # agents, step -> [seeds, episodes]
     place: NamedSharding  # of every leaf
     mesh: Mesh | None  # that `update` divides environments over

@@ -93,9 +93,8 @@ class ActorCritic(nnx.Module):
         outputs = actions.n if isinstance(actions, Discrete) else actions.size
         self.policy = Dense(hidden[-1], outputs, 0.01, rngs)
         self.value = Dense(hidden[-1], 1, 1.0, rngs)
-        self.log_std = None
-        if isinstance(actions, Continuous):
-            self.log_std = param(rngs, jax.nn.initializers.zeros, (outputs,), ("mlp",), decay=False)
+        scale = lambda: param(rngs, jax.nn.initializers.zeros, (outputs,), ("mlp",), decay=False)  # noqa: E731
+        self.log_std = scale() if isinstance(actions, Continuous) else None
 
     def __call__(self, x: jax.Array) -> tuple[Distribution, jax.Array]:
         """Observations [B, *shape] -> the distribution over actions, values [B]."""

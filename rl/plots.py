@@ -41,6 +41,6 @@ def plot_returns(metrics: Sequence[Mapping[str, float | int]], path: Path, name:
 
 def _smoothed(values: Sequence[float | int]) -> np.ndarray:
     """The mean of the last few lines that have a value; NaN before the first."""
-    values = np.array(values, float)
-    windows = [values[max(0, i + 1 - _WINDOW) : i + 1] for i in range(len(values))]
+    given = np.array(values, float)
+    windows = [given[max(0, i + 1 - _WINDOW) : i + 1] for i in range(len(given))]
     return np.array([w[~np.isnan(w)].mean() if not np.isnan(w).all() else np.nan for w in windows])

@@ -2,10 +2,9 @@
 
 Schulman et al. 2017 (arXiv:1707.06347), with what implementations agree on (Huang et al. 2022, "The 37
 implementation details of PPO"): orthogonal initialization, Adam with epsilon 1e-5, annealed, advantages
-normalized in each minibatch, the gradient's norm clipped. It deviates from most in three things: the value of
-the last observation stands in for what a time limit cut off; observations are normalized with statistics that
-stand still during an update, so that the policy that acted is the one that is compared with; and values of the
-collected steps aren't recomputed between epochs.
+normalized in each minibatch, the gradient's norm clipped. It deviates from most in two things: the value of
+the last observation stands in for what a time limit cut off, and observations are normalized with statistics
+that stand still during an update, so that the policy that acted is the one that is compared with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What follows from rewards: advantages and returns. Arrays and masks; environments and models are unknown here."""
+"""What follows from rewards: advantages and returns. Environments and models are unknown here."""
 
 from __future__ import annotations
 
