@@ -81,7 +81,7 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
             )
         place, inner = NamedSharding(mesh, PartitionSpec()), mesh
 
-    def advance(state: State, count: int) -> tuple[State, dict[str, jax.Array]]:
+    def advance(state: State, count: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         like = jax.eval_shape(algorithm.update, state)[1]
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -93,7 +93,7 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
         state, total = jax.lax.fori_loop(0, count, update, (state, nothing))
         return state, jax.tree.map(lambda x: x / count, total)
 
-    def assess(agent: Any, seed: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+    def assess(agent: Any, seed: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _EVALUATION), step)
         return evaluate(algorithm, env, agent, key, experiment.eval.episodes)
 
