@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -132,7 +133,7 @@ def _run_updates(
 ) -> tuple[State, int]:
     """The state when all is done or a signal came, and its step."""
     total, each = experiment.train.steps, experiment.steps_per_update
-    advance = _compile(programs, state)
+    advance = advance_under(programs, state)
     lines = max(1, experiment.updates // _LINES) * each
     intervals = [step for step in (lines, experiment.eval.every, experiment.checkpoint.every) if step]
     points = [(int(line["step"]), line.get("episode_return", math.nan)) for line in read_metrics(run.metrics)]
@@ -163,13 +164,11 @@ def _run_updates(
     return state, done
 
 
-def _compile(programs: Programs, state: State) -> Callable:
+def advance_under(programs: Programs, state: State) -> Any:
+    """`programs.advance`, compiled."""
     started = time.perf_counter()
-    if programs.mesh is None:
+    with jax.set_mesh(programs.mesh) if programs.mesh else contextlib.nullcontext():
         compiled = programs.advance.lower(state, 1).compile()
-    else:
-        with jax.set_mesh(programs.mesh):
-            compiled = programs.advance.lower(state, 1).compile()
     _log.info("compiled in %.1f s", time.perf_counter() - started)
     return compiled
 

@@ -98,7 +98,7 @@ def test_nothing_counts():
 
 def test_kl_estimators():
     """Means over samples of p come to KL(p || q), k1 and k3 exactly, k2 nearly; k3 varies least."""
-    p, q = (jnp.array([0.1, 0.6, 0.3]), jnp.array([0.2, 0.5, 0.3]))
+    p, q = (jnp.array([0.1, 0.6, 0.3]), jnp.array([0.12, 0.58, 0.3]))
     exact = float((p * jnp.log(p / q)).sum())
     at = jnp.log(p), jnp.log(q)
     k1, k2, k3 = (np.asarray(k(*at)) for k in (losses.kl_k1, losses.kl_k2, losses.kl_k3))
