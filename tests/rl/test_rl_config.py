@@ -58,7 +58,7 @@ def test_mistakes_are_named(sections, message):
 
 
 def test_exactly_one_algorithm():
-    with pytest.raises(UserError, match="the algorithm is the one section of ppo.*, and here none is"):
+    with pytest.raises(UserError, match=r"the algorithm is the one section of ppo.*, and here none is"):
         parse(Experiment, {"run": {"name": "x"}, "env": {"name": "CartPole-v1"}, "train": {"steps": 64}})
 
 
