@@ -5,9 +5,9 @@
 Same machine, environment and network (two hidden layers of 64, tanh, for policy and value each). Ours runs
 configs/rl/ppo-cartpole-wide.yaml and, beside it, the same with as many epochs as stable-baselines3 takes by
 default (10). That runs its defaults: 2048 steps in each environment, minibatches of 64, 10 epochs, in 8
-environments in one process, which are faster for a pole than processes are. Each runs in a process of its own
-and they take turns; what counts is the ratio within a round. Compilation isn't counted, and everything else of
-training is. `--growth` also tells how ours grows with environments and with seeds.
+environments in one process, which are faster for a pole than processes are. Each variant runs in a process of
+its own and they take turns; what counts is the ratio within a round. Compilation isn't counted, and everything
+else of training is. `--growth` also tells how ours grows with environments and with seeds.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _ours(overrides: list[str]) -> Callable[[float], float]:
         nonlocal state
         began, updates = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            state, metrics = jax.block_until_ready(advance(state, 1))
+            state, _ = jax.block_until_ready(advance(state, 1))
             updates += 1
         each = made.steps_per_update * made.train.seeds
         return updates * each / (time.perf_counter() - began)
