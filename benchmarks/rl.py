@@ -5,9 +5,9 @@
 Same machine, environment and network (two hidden layers of 64, tanh, for policy and value each). Ours runs
 configs/rl/ppo-cartpole-wide.yaml and, beside it, the same with as many epochs as stable-baselines3 takes by
 default (10). That runs its defaults: 2048 steps in each environment, minibatches of 64, 10 epochs, in 8
-environments in one process, which are faster for a pole than processes are. Each variant runs in a process of
-its own and they take turns; what counts is the ratio within a round. Compilation isn't counted, and everything
-else of training is. `--growth` also tells how ours grows with environments and with seeds.
+environments in one process, which are faster for a pole than processes are. Each variant runs in a process
+of its own and they take turns; what counts is the ratio within a round. Compilation isn't counted, and
+everything else of training is. `--growth` also tells how ours grows with environments and with seeds.
 """
 
 from __future__ import annotations
