@@ -7,6 +7,7 @@ cliff costs its reward and puts the walker back on a start, as in Sutton & Barto
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -21,25 +22,23 @@ from core.errors import UserError
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # row and column of each action: up, right, down, left
 ARROWS = "↑→↓←"
 
-LAYOUTS = {
-    "cliff": """
-        ............
-        ............
-        ............
-        SCCCCCCCCCCG
-    """,
-    "rooms": """
-        S....#....
-        .....#....
-        ..........
-        .....#....
-        ##.####.##
-        .....#....
-        .....#..C.
-        ........C.
-        .....#...G
-    """,
-}
+CLIFF = """
+    ............
+    ............
+    ............
+    SCCCCCCCCCCG
+"""
+ROOMS = """
+    S....#....
+    .....#....
+    ..........
+    .....#....
+    ##.####.##
+    .....#....
+    .....#..C.
+    ........C.
+    .....#...G
+"""
 
 
 @struct.dataclass
@@ -61,13 +60,14 @@ class Grid(environment.Environment[EnvState, EnvParams]):
     """A grid world. Its observation is the cell's number, its actions are `MOVES`.
 
     Args:
-        layout: the name of one of `LAYOUTS`, or a drawing of several lines.
+        layout: a drawing.
+        options: what of `EnvParams` is not as usual.
 
     Raises:
         UserError: if the drawing is no rectangle, or has no start or no goal.
     """
 
-    def __init__(self, layout: str = "cliff", **options: float | int):
+    def __init__(self, layout: str, **options: float | int):
         super().__init__()
         self.layout = _parse(layout)
         self.options = options
@@ -152,11 +152,16 @@ class Grid(environment.Environment[EnvState, EnvParams]):
         return spaces.Discrete(self.num_cells)
 
 
+# Environments by name. The cliff is Sutton & Barto's, but that the last move is free.
+GRIDS = {
+    "Cliff": functools.partial(Grid, CLIFF),
+    "Rooms": functools.partial(Grid, ROOMS, slip=0.2, cliff_reward=-20.0, goal_reward=10.0),
+}
+
+
 def _parse(layout: str) -> np.ndarray:
     """The characters of a drawing, [height, width]."""
-    rows = [line.strip() for line in LAYOUTS.get(layout, layout).strip().splitlines()]
-    if len(rows) == 1 and layout not in LAYOUTS and not set(layout) <= set("SGC#."):
-        raise UserError(f"no grid is named {layout!r}: use {', '.join(LAYOUTS)}, or draw one of several lines")
+    rows = [line.strip() for line in layout.strip().splitlines()]
     if len({len(row) for row in rows}) != 1:
         raise UserError(f"the lines of a grid must be equally long, not {[len(row) for row in rows]}")
     cells = np.array([list(row) for row in rows])

@@ -49,7 +49,7 @@ def test_without_slipping_moves_are_as_drawn():
 
 def test_value_iteration_finds_the_known_values_of_the_cliff():
     """Sutton & Barto (2018), example 6.6: the shortest way along the edge takes 13 moves, the last one free."""
-    env = Grid("cliff")
+    env = Grid(grid.CLIFF)
     values = value_iteration(*env.model(), gamma=1.0)
     start = env.starts[0]
     assert values[start].max() == -12
@@ -59,7 +59,7 @@ def test_value_iteration_finds_the_known_values_of_the_cliff():
 
 
 def test_value_iteration_solves_the_linear_equations_of_its_policy():
-    env, gamma = Grid("rooms", slip=0.2), 0.95
+    env, gamma = Grid(grid.ROOMS, slip=0.2), 0.95
     transition, reward, terminal = env.model()
     values = value_iteration(transition, reward, terminal, gamma)
     policy, cells = values.argmax(1), np.arange(env.num_cells)
@@ -84,7 +84,7 @@ def test_an_episode_ends_at_the_goal_or_is_cut_off():
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [("S..\n.G", "equally long"), ("...\n..G", "no start"), ("S..\n...", "no goal"), ("clif", "cliff, rooms")],
+    [("S..\n.G", "equally long"), ("...\n..G", "no start"), ("S..\n...", "no goal")],
 )
 def test_a_drawing_that_is_no_grid_is_an_error(layout, message):
     with pytest.raises(UserError, match=message):
