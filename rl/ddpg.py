@@ -64,7 +64,9 @@ def make(config: Experiment, env: Env) -> Algorithm:
     options = config.ddpg
     assert options is not None
     if not isinstance(env.actions, Continuous):
-        raise UserError(f"ddpg needs continuous actions, and those of {env.name} are discrete: use dqn or ppo")
+        raise UserError(
+            f"ddpg needs continuous actions, and those of {env.name} are discrete: use dqn or ppo"
+        )
     stepping.refuse_normalized_rewards(config)
     shape, size = env.observation_shape, env.actions.size
     actor_of = Blueprint.of(lambda rngs: Actor(shape, size, options.hidden, rngs))
@@ -111,7 +113,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         return jnp.clip(jnp.where(alone, first, action + noise), -1.0, 1.0), noise
 
     def collect(agent: Agent, training: Training, key: PRNGKeyArray):
-        """`train_every` steps with one policy: stream and noise after them, transitions, episodes' figures."""
+        """`train_every` steps with one policy: stream and noise after them, transitions [T, B], figures."""
         alone = training.steps < options.learning_starts
 
         def step(carry: tuple[Stream, jax.Array], key: PRNGKeyArray):

@@ -1,4 +1,4 @@
-"""Deep Q-learning (Mnih et al. 2015), with double (van Hasselt et al. 2016), dueling and prioritized replay."""
+"""Deep Q-learning (Mnih et al. 2015): double (van Hasselt et al. 2016), dueling, with prioritized replay."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Training(NamedTuple):
     optimizer: optax.OptState
     replay: Replay
     stream: Stream
+    held: Int[Array, " B"]  # the action that each environment explores with, -1 for none
     steps: Int[Array, ""]  # of the environments, over all of them
     key: PRNGKeyArray
 
@@ -79,38 +80,57 @@ def make(config: Experiment, env: Env) -> Algorithm:
         moments = normalize.no_moments(env.observation_shape)
         return State(
             Agent(params, moments),
-            Training(params, optimizer.init(params), held, stream, jnp.int32(0), key),
+            Training(
+                params,
+                optimizer.init(params),
+                held,
+                stream,
+                nothing_held(options.environments),
+                jnp.int32(0),
+                key,
+            ),
         )
 
     def act(agent: Agent, observation: jax.Array, key: PRNGKeyArray, greedy: bool) -> Int[Array, " B"]:
-        return _explore(agent, observation, key, 0.0 if greedy else options.epsilon_final)
+        epsilon = 0.0 if greedy else options.epsilon_final
+        return explore(agent, observation, nothing_held(len(observation)), epsilon, key)[0]
 
-    def _explore(
-        agent: Agent, observation: jax.Array, key: PRNGKeyArray, epsilon: Float[Array, ""] | float
-    ) -> Int[Array, " B"]:
+    def explore(
+        agent: Agent,
+        observation: jax.Array,
+        held: Int[Array, " B"],
+        epsilon: Float[Array, ""] | float,
+        key: PRNGKeyArray,
+    ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """Actions, and those of them that explore; -1 where the best one was taken."""
         best = values(agent.params, agent.moments, observation).argmax(-1).astype(jnp.int32)
-        which, any_key = jax.random.split(key)
+        hold_key, begin_key, any_key = jax.random.split(key, 3)
+        hold = (held >= 0) & (jax.random.uniform(hold_key, best.shape) < 1 - 1 / options.epsilon_hold)
+        begin = jax.random.uniform(begin_key, best.shape) < epsilon
         anything = jax.random.randint(any_key, best.shape, 0, actions)
-        return jnp.where(jax.random.uniform(which, best.shape) < epsilon, anything, best)
+        held = jnp.where(hold, held, jnp.where(begin, anything, -1))
+        return jnp.where(held >= 0, held, best), held
 
     def epsilon_at(steps: jax.Array) -> Float[Array, ""]:
         return stepping.linear(
             steps, 1.0, options.epsilon_final, options.epsilon_fraction * config.train.steps
         )
 
-    def collect(agent: Agent, stream: Stream, steps: jax.Array, key: PRNGKeyArray):
-        """`train_every` steps with one policy: the stream after them, transitions [T, B], episodes' figures."""
+    def collect(agent: Agent, training: Training, key: PRNGKeyArray):
+        """`train_every` steps with one policy: the state after them, transitions [T, B], figures."""
 
-        def step(carry: tuple[Stream, jax.Array], key: PRNGKeyArray):
-            stream, steps = carry
+        def step(training: Training, key: PRNGKeyArray):
             act_key, env_key = jax.random.split(key)
-            chosen = _explore(agent, stream.observation, act_key, epsilon_at(steps))
-            stream, seen, done, info = stepping.advance(env, stream, env_key, chosen)
-            return (stream, steps + options.environments), (seen, episode_metrics(done, info))
+            shown = training.stream.observation
+            chosen, held = explore(agent, shown, training.held, epsilon_at(training.steps), act_key)
+            stream, seen, done, info = stepping.advance(env, training.stream, env_key, chosen)
+            steps = training.steps + options.environments
+            training = training._replace(stream=stream, held=jnp.where(done, -1, held), steps=steps)
+            return training, (seen, episode_metrics(done, info))
 
         keys = jax.random.split(key, options.train_every // options.environments)
-        (stream, _), (seen, ended) = jax.lax.scan(step, (stream, steps), keys)
-        return stream, seen, {name: figure.sum() for name, figure in ended.items()}
+        training, (seen, ended) = jax.lax.scan(step, training, keys)
+        return training, seen, {name: figure.sum() for name, figure in ended.items()}
 
     def loss_of(
         params: Params, target: Params, moments: Moments, items: Transition, weights: Float[Array, " B"]
@@ -120,7 +140,9 @@ def make(config: Experiment, env: Env) -> Algorithm:
         chooser = values(params, moments, items.next_observation) if options.double else following
         best = jnp.take_along_axis(following, chooser.argmax(-1)[:, None], -1)[:, 0]
         wanted = items.reward + options.gamma * ~items.terminated * best
-        taken = jnp.take_along_axis(values(params, moments, items.observation), items.action[:, None], -1)[:, 0]
+        taken = jnp.take_along_axis(values(params, moments, items.observation), items.action[:, None], -1)[
+            :, 0
+        ]
         errors = taken - jax.lax.stop_gradient(wanted)
         return (weights * optax.huber_loss(errors)).mean(), (errors, taken.mean())
 
@@ -132,7 +154,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         def step(learned: Learned, key: PRNGKeyArray):
             params, state = learned.params, learned.optimizer
             held = Replay(ring, learned.tree, learned.highest)
-            beta = 1.0
+            beta: Any = 1.0
             if options.prioritized is not None:
                 beta = stepping.linear(steps, options.prioritized.beta, 1.0, config.train.steps)
             batch = replay.sample(held, key, options.batch_size, beta)
@@ -140,7 +162,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
                 params, target, moments, batch.items, batch.weights
             )
             changes, state = optimizer.update(gradients, state, params)
-            if options.prioritized is not None:
+            if options.prioritized is not None and batch.indices is not None:
                 held = replay.prioritize(held, batch.indices, errors, options.prioritized.alpha)
             figures = {"loss": loss, "value": value, "grad_norm": optax.global_norm(gradients)}
             params = optax.apply_updates(params, changes)
@@ -152,9 +174,8 @@ def make(config: Experiment, env: Env) -> Algorithm:
     def update(state: State) -> tuple[State, dict[str, jax.Array]]:
         agent, training = state
         key, collect_key, learn_key = jax.random.split(training.key, 3)
-        stream, seen, metrics = collect(agent, training.stream, training.steps, collect_key)
-        steps = training.steps + options.train_every
-        moments = agent.moments
+        training, seen, metrics = collect(agent, training, collect_key)
+        steps, moments = training.steps, agent.moments
         if config.env.normalize_observation:
             moments = normalize.merge(moments, seen.observation)
         held = replay.add(training.replay, stepping.flat(seen))
@@ -168,7 +189,12 @@ def make(config: Experiment, env: Env) -> Algorithm:
         target = jax.tree.map(lambda new, old: jnp.where(renew, new, old), learned.params, training.target)
         held = Replay(held.ring, learned.tree, learned.highest)
         metrics |= figures | {"epsilon": epsilon_at(steps)}
-        training = Training(target, learned.optimizer, held, stream, steps, key)
+        training = training._replace(target=target, optimizer=learned.optimizer, replay=held, key=key)
         return State(Agent(learned.params, moments), training), metrics
 
     return Algorithm(init, update, act)
+
+
+def nothing_held(environments: int) -> Int[Array, " B"]:
+    """No environment explores."""
+    return jnp.full(environments, -1, jnp.int32)

@@ -61,6 +61,9 @@ class DQNConfig:
     gamma: float = Field(0.99, ge=0, le=1)
     epsilon_final: float = Field(0.05, ge=0, le=1)
     epsilon_fraction: float = Field(0.2, gt=0, le=1)  # of the run in which epsilon falls from 1
+    # Steps that an exploring action is held on average, then epsilon is that of beginning to explore; where
+    # single steps lead nowhere (Dabney et al. 2020, arXiv:2006.01782, whose durations have heavier tails).
+    epsilon_hold: float = Field(1.0, ge=1, allow_inf_nan=False)
     clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
     hidden: tuple[int, ...] = Field((128, 128), min_length=1)
     double: bool = True

@@ -35,10 +35,14 @@ def make(config: Experiment, env: Env) -> Algorithm:
     assert options is not None
     space = env.inner.observation_space(env.params)
     if not isinstance(space, spaces.Discrete) or not isinstance(env.actions, Discrete):
-        raise UserError(f"q_learning keeps a table, and {env.name} has no table of states and actions: use dqn")
+        raise UserError(
+            f"q_learning keeps a table, and {env.name} has no table of states and actions: use dqn"
+        )
     stepping.refuse_normalized_rewards(config)
     if config.env.normalize_observation:
-        raise UserError("env.normalize_observation is not for q_learning, whose observations are numbers of states")
+        raise UserError(
+            "env.normalize_observation is not for q_learning, whose observations are numbers of states"
+        )
     states, actions = int(space.n), env.actions.n
 
     def init(key: PRNGKeyArray) -> State:

@@ -25,7 +25,7 @@ PRIORITY_OFFSET = 1e-6  # so that an item whose error is 0 is seen again
 
 
 class Transition(NamedTuple):
-    """What one step of an environment leaves behind. `terminated` is the only end that stops bootstrapping."""
+    """What one step of an environment leaves behind. `terminated` ends what is bootstrapped."""
 
     observation: jax.Array
     action: jax.Array
@@ -74,7 +74,9 @@ def size(replay: Replay) -> Int[Array, ""]:
     return jnp.where(replay.ring.is_full, _capacity(replay), replay.ring.current_index)
 
 
-def sample(replay: Replay, key: PRNGKeyArray, batch_size: int, beta: Float[Array, ""] | float = 1.0) -> Sample:
+def sample(
+    replay: Replay, key: PRNGKeyArray, batch_size: int, beta: Float[Array, ""] | float = 1.0
+) -> Sample:
     """Draw items with replacement: uniformly, or in proportion to their priorities, one from each stratum.
 
     The weights are (size P)^-beta over their maximum in the batch (Schaul et al., section 3.4).

@@ -31,7 +31,7 @@ def start(env: Env, key: PRNGKeyArray, environments: int) -> Stream:
 def advance(
     env: Env, stream: Stream, key: PRNGKeyArray, actions: jax.Array
 ) -> tuple[Stream, Transition, Bool[Array, " B"], dict[str, jax.Array]]:
-    """One step of each: the stream after it, the transitions, which episodes ended, and what the wrapper told.
+    """One step of each: the stream after it, the transitions, which episodes ended, what the wrapper told.
 
     The transition's next observation is the one that the action led to, never one after a reset; and only
     `terminated` is kept, since an episode that the time limit cuts off would have gone on.
@@ -45,8 +45,7 @@ def advance(
 def example(env: Env) -> Transition:
     """One transition, of zeros, for its shapes and types."""
     observation = jnp.zeros(env.observation_shape)
-    discrete = isinstance(env.actions, Discrete)
-    action = jnp.int32(0) if discrete else jnp.zeros(env.actions.size)
+    action = jnp.int32(0) if isinstance(env.actions, Discrete) else jnp.zeros(env.actions.size)
     return Transition(observation, action, jnp.float32(0), jnp.bool_(False), observation)
 
 

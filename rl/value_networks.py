@@ -17,7 +17,9 @@ _NEAR_ZERO = 0.01  # scale of last layers: first actions are the noise's alone, 
 class QNetwork(nnx.Module):
     """The values of all actions. Dueling (Wang et al. 2016): a state's value and, centred, the advantages."""
 
-    def __init__(self, shape: Sequence[int], actions: int, hidden: Sequence[int], dueling: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: Sequence[int], actions: int, hidden: Sequence[int], dueling: bool, rngs: nnx.Rngs
+    ):
         self.torso = Torso(shape, hidden, "relu", rngs)
         self.advantage = Dense(hidden[-1], actions, 1.0, rngs)
         self.value = Dense(hidden[-1], 1, 1.0, rngs) if dueling else None

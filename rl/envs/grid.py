@@ -1,8 +1,8 @@
 """Grid worlds drawn as text, with slippery moves, whose exact transition probabilities are at hand.
 
 A layout is lines of equal length: `S` start (one of several at random), `G` goal, `C` cliff, `#` wall,
-anything else floor. A move into a wall or over the edge stays where it is. Reaching a goal ends the episode; a
-cliff costs its reward and puts the walker back on a start, as in Sutton & Barto (2018), example 6.6.
+anything else floor. A move into a wall or over the edge stays where it is. Reaching a goal ends the episode;
+a cliff costs its reward and puts the walker back on a start, as in Sutton & Barto (2018), example 6.6.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Grid(environment.Environment[EnvState, EnvParams]):
         UserError: if the drawing is no rectangle, or has no start or no goal.
     """
 
-    def __init__(self, layout: str, **options: float | int):
+    def __init__(self, layout: str, **options: Any):
         super().__init__()
         self.layout = _parse(layout)
         self.options = options
@@ -203,5 +203,3 @@ def value_iteration(
         if np.abs(updated - values).max() <= tolerance:
             return updated
         values = updated
-
-

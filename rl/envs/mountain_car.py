@@ -22,6 +22,6 @@ class MountainCarContinuous(ContinuousMountainCar):
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[Any, Any]]:
         _, state, reward, terminated, info = super().step_env(key, state, action, params)
         stopped = (state.position == params.min_position) & (state.velocity < 0)
-        state = state.replace(velocity=jnp.where(stopped, 0.0, state.velocity))  # type: ignore[attr-defined]
+        state = state.replace(velocity=jnp.where(stopped, 0.0, state.velocity))
         observation, state = self._apply_transition_gradient_policy(self.get_obs(state), state)
         return observation, state, reward, terminated, info

@@ -48,7 +48,7 @@ def test_without_slipping_moves_are_as_drawn():
 
 
 def test_value_iteration_finds_the_known_values_of_the_cliff():
-    """Sutton & Barto (2018), example 6.6: the shortest way along the edge takes 13 moves, the last one free."""
+    """Sutton & Barto (2018), example 6.6: along the edge it takes 13 moves, the last one free."""
     env = Grid(grid.CLIFF)
     values = value_iteration(*env.model(), gamma=1.0)
     start = env.starts[0]
@@ -73,7 +73,12 @@ def test_an_episode_ends_at_the_goal_or_is_cut_off():
     params = env.default_params
     step = jax.jit(env.step)
     _, state = env.reset(jax.random.key(0), params)
-    for action, expected in ((1, (False, False)), (1, (True, False)), (3, (False, False)), (3, (False, False))):
+    for action, expected in (
+        (1, (False, False)),
+        (1, (True, False)),
+        (3, (False, False)),
+        (3, (False, False)),
+    ):
         _, state, _, terminated, truncated, info = step(jax.random.key(1), state, action, params)
         assert (bool(terminated), bool(truncated)) == expected
     assert int(state.time) == 2
