@@ -161,7 +161,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
                 actor_state,
                 critic_state,
             )
-            return learned, {"loss": loss, "value": mean, "actor_grad_norm": optax.global_norm(gradients)}
+            return learned, {"loss": loss, "value": mean, "actor_grad_norm": optax.tree.norm(gradients)}
 
         learned, figures = jax.lax.scan(step, learned, jax.random.split(key, options.gradient_steps))
         return learned, {name: figure.mean() for name, figure in figures.items()}

@@ -164,7 +164,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
             changes, state = optimizer.update(gradients, state, params)
             if options.prioritized is not None and batch.indices is not None:
                 held = replay.prioritize(held, batch.indices, errors, options.prioritized.alpha)
-            figures = {"loss": loss, "value": value, "grad_norm": optax.global_norm(gradients)}
+            figures = {"loss": loss, "value": value, "grad_norm": optax.tree.norm(gradients)}
             params = optax.apply_updates(params, changes)
             return Learned(params, state, held.tree, held.highest), figures
 
