@@ -193,8 +193,10 @@ def test_targets_of_ddpg_follow_by_tau():
     )
 
 
-CASES = [("dqn", {}), ("dqn", {"dueling": True, "epsilon_hold": 3.0, **PRIORITIZED}), ("ddpg", {}),
-         ("ddpg", {"noise": "ornstein_uhlenbeck", "noise_scale": 0.5})]  # fmt: skip
+CASES = [
+    ("dqn", {"dueling": True, "epsilon_hold": 3.0, **PRIORITIZED}),
+    ("ddpg", {"noise": "ornstein_uhlenbeck", "noise_scale": 0.5}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -210,7 +212,7 @@ def test_seeds_side_by_side_are_the_runs_alone(name, options):
     alone = jax.jit(lambda s: jax.lax.fori_loop(0, 5, lambda _, s: algorithm.update(s)[0], s))
     once, again = (alone(algorithm.init(keys[1])) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once.agent, again.agent)
-    assert int(once.training.steps) == 80 and float(once.agent.moments.count) == 80
+    assert int(once.training.steps) == 80 and float(once.agent.moments.seen) == 80
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-5), together.agent, once.agent
     )
