@@ -139,6 +139,10 @@ class Experiment:
                     f"{key} ({steps}) is not a multiple of the {each} environment steps of an update "
                     f"({self.algorithm}): for example {' or '.join(map(str, near))}"
                 )
+        for axis in ("fsdp", "tensor", "context", "expert"):
+            size = getattr(self.mesh, axis)
+            if size != 1:
+                raise ValueError(f"mesh.{axis} is {size}: seeds and environments divide over mesh.data alone")
         if self.seed + self.train.seeds > 2**31:
             raise ValueError(f"seed ({self.seed}) leaves no room for {self.train.seeds} seeds below 2**31")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -36,9 +37,10 @@ _log = logging.getLogger(__name__)
 class Programs(NamedTuple):
     """What is compiled once for a run. Every leaf of a state has the leading axis [seeds]."""
 
-    init: Callable[[], State]
+    init: Callable[[jax.Array], State]  # seeds -> state
     advance: Any  # jitted: state, number of updates -> state, means over the updates [seeds]
-    evaluate: Callable[[Any, int], tuple[jax.Array, jax.Array]]  # agents, step -> [seeds, episodes]
+    # Agents, seeds, step -> returns and lengths [seeds, episodes].
+    evaluate: Callable[[Any, jax.Array, int], tuple[jax.Array, jax.Array]]
     place: NamedSharding  # of every leaf
     mesh: Mesh | None  # that `update` divides environments over
 
@@ -59,7 +61,7 @@ def train(experiment: Experiment, *, resume: bool = False) -> None:
     if done < experiment.train.steps:
         _log.info("%s: saved step %d in %s; go on with --resume", stop.signal, done, run.path)
         return
-    figures = jax.tree.map(np.asarray, programs.evaluate(state.agent, done))
+    figures = jax.tree.map(np.asarray, programs.evaluate(state.agent, start.seeds(experiment), done))
     finish(run, experiment, *figures)
 
 
@@ -81,7 +83,7 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
             )
         place, inner = NamedSharding(mesh, PartitionSpec()), mesh
 
-    def advance(state: State, count: int) -> tuple[State, dict[str, jax.Array]]:
+    def advance(state: State, count: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         like = jax.eval_shape(algorithm.update, state)[1]
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -93,29 +95,28 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
         state, total = jax.lax.fori_loop(0, count, update, (state, nothing))
         return state, jax.tree.map(lambda x: x / count, total)
 
-    def assess(agent: Any, seed: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+    def assess(agent: Any, seed: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _EVALUATION), step)
         return evaluate(algorithm, env, agent, key, experiment.eval.episodes)
 
-    each = jax.vmap(assess, (0, 0, None))
     return Programs(
-        jax.jit(lambda: start.init(experiment, algorithm), out_shardings=place),
+        jax.jit(lambda seeds: start.init(algorithm, seeds), out_shardings=place),
         jax.jit(
             jax.vmap(advance, (0, None)), in_shardings=(place, None), out_shardings=place, donate_argnums=0
         ),
-        jax.jit(lambda agents, step: each(agents, start.seeds(experiment), step), in_shardings=(place, None)),
+        jax.jit(jax.vmap(assess, (0, 0, None)), in_shardings=(place, place, None)),
         place,
         inner,
     )
 
 
 def _first_state(experiment: Experiment, programs: Programs, checkpointer: Checkpointer) -> tuple[int, State]:
-    step = checkpointer.newest_intact()
+    step, seeds = checkpointer.newest_intact(), start.seeds(experiment)
     if step is None:
-        return 0, programs.init()
+        return 0, programs.init(seeds)
     targets = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=programs.place),
-        jax.eval_shape(programs.init),
+        jax.eval_shape(programs.init, seeds),
     )
     _log.info("resuming from step %d", step)
     return step, State(*checkpointer.restore(step, targets.agent, targets.training))
@@ -132,7 +133,7 @@ def _run_updates(
 ) -> tuple[State, int]:
     """The state when all is done or a signal came, and its step."""
     total, each = experiment.train.steps, experiment.steps_per_update
-    advance = _compile(programs, state)
+    advance = advance_under(programs, state)
     lines = max(1, experiment.updates // _LINES) * each
     intervals = [step for step in (lines, experiment.eval.every, experiment.checkpoint.every) if step]
     points = [(int(line["step"]), line.get("episode_return", math.nan)) for line in read_metrics(run.metrics)]
@@ -150,7 +151,7 @@ def _run_updates(
             values["steps_per_second"] = (until - done) * experiment.train.seeds / seconds
             done = until
             if experiment.eval.every and done % experiment.eval.every == 0:
-                returns, _ = programs.evaluate(state.agent, done)
+                returns, _ = programs.evaluate(state.agent, start.seeds(experiment), done)
                 values["eval_return_mean"] = float(returns.mean())
             writer.write(done, values)  # before the checkpoint that stands for having done this
             points.append((done, values.get("episode_return", math.nan)))
@@ -163,13 +164,11 @@ def _run_updates(
     return state, done
 
 
-def _compile(programs: Programs, state: State) -> Callable:
+def advance_under(programs: Programs, state: State) -> Any:
+    """`programs.advance`, compiled."""
     started = time.perf_counter()
-    if programs.mesh is None:
+    with jax.set_mesh(programs.mesh) if programs.mesh else contextlib.nullcontext():
         compiled = programs.advance.lower(state, 1).compile()
-    else:
-        with jax.set_mesh(programs.mesh):
-            compiled = programs.advance.lower(state, 1).compile()
     _log.info("compiled in %.1f s", time.perf_counter() - started)
     return compiled
 

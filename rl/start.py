@@ -38,10 +38,10 @@ def build(experiment: Experiment) -> tuple[Env, Algorithm]:
     return env, MAKE[experiment.algorithm](experiment, env)
 
 
-def init(experiment: Experiment, algorithm: Algorithm) -> State:
-    """The states of all seeds as they begin, each leaf [seeds, ...]; traceable."""
-    states = jax.vmap(algorithm.init)(jax.vmap(jax.random.key)(seeds(experiment)))
-    # Python's numbers in an environment's state would make the first call's types another's than the later.
+def init(algorithm: Algorithm, seeds: jax.Array) -> State:
+    """The states that runs of `seeds` begin with, each leaf [seeds, ...]; traceable."""
+    states = jax.vmap(algorithm.init)(jax.vmap(jax.random.key)(seeds))
+    # Python's numbers in an environment's state would make the first call's types others than the later.
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)
 
 
@@ -59,5 +59,5 @@ def load_trained(folder: Path) -> Trained:
     run = RunFolder.open(folder)
     experiment = load(Experiment, run.config)
     env, algorithm = build(experiment)
-    shapes = jax.eval_shape(lambda: init(experiment, algorithm))
+    shapes = jax.eval_shape(lambda: init(algorithm, seeds(experiment)))
     return Trained(experiment, env, algorithm, newest_params(run, shapes.agent))

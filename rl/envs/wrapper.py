@@ -107,6 +107,13 @@ class Env:
         state = EnvState(inner, jnp.where(goes_on, total, 0.0), jnp.where(goes_on, length, 0))
         return _as_float(observation), state, reward, terminated, truncated, told
 
+    def unreset_step(self, key: jax.Array, state: EnvState, action: jax.Array) -> EnvState:
+        """The state that `step` with the same arguments comes to before a new episode begins."""
+        _, inner, reward, *_ = self.inner.step_env(
+            jax.random.split(key)[0], state.inner, self._own(action), self.params
+        )
+        return EnvState(inner, state.episode_return + reward, state.episode_length + 1)
+
     def _own(self, action: jax.Array) -> jax.Array:
         """The action as the environment itself has it."""
         if isinstance(self.actions, Discrete):
