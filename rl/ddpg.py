@@ -29,9 +29,10 @@ THETA, STEP = 0.15, 0.01  # of the Ornstein-Uhlenbeck process
 
 
 class Agent(NamedTuple):
-    """What acting needs. Without normalization the moments stay empty."""
+    """What acting needs, and what the critic says of it. Without normalization the moments stay empty."""
 
-    params: Params
+    actor: Params
+    critic: Params
     moments: Moments
 
 
@@ -76,7 +77,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
     def policy(params: Params, moments: Moments, observation: jax.Array) -> Float[Array, "B A"]:
         return actor_of.bind(params)(normalize.normalize(moments, observation))
 
-    def value(
+    def worth(
         params: Params, moments: Moments, observation: jax.Array, action: Float[Array, "B A"]
     ) -> Float[Array, " B"]:
         return critic_of.bind(params)(normalize.normalize(moments, observation), action)
@@ -90,11 +91,11 @@ def make(config: Experiment, env: Env) -> Algorithm:
         held = replay.init(stepping.example(env), options.replay_size)
         stream = stepping.start(env, env_key, options.environments)
         noise = jnp.zeros((options.environments, size))
-        agent = Agent(actor, normalize.no_moments(shape))
+        agent = Agent(actor, critic, normalize.no_moments(shape))
         return State(agent, Training(learned, held, stream, noise, jnp.int32(0), key))
 
     def act(agent: Agent, observation: jax.Array, key: PRNGKeyArray, greedy: bool) -> Float[Array, "B A"]:
-        action = policy(agent.params, agent.moments, observation)
+        action = policy(agent.actor, agent.moments, observation)
         if greedy:
             return action
         return jnp.clip(action + options.noise_scale * jax.random.normal(key, action.shape), -1.0, 1.0)
@@ -103,7 +104,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         agent: Agent, observation: jax.Array, noise: Float[Array, "B A"], alone: jax.Array, key: PRNGKeyArray
     ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
         """Actions and the noise's next state. `alone`: without the policy."""
-        action = policy(agent.params, agent.moments, observation)
+        action = policy(agent.actor, agent.moments, observation)
         if options.noise == "gaussian":
             noise = options.noise_scale * jax.random.normal(key, action.shape)
             first = jax.random.uniform(key, action.shape, minval=-1.0, maxval=1.0)
@@ -131,14 +132,14 @@ def make(config: Experiment, env: Env) -> Algorithm:
     def critic_loss(critic: Params, learned: Learned, moments: Moments, items: Transition):
         """Mean squared temporal difference, and the mean value."""
         following = policy(learned.target_actor, moments, items.next_observation)
-        best = value(learned.target_critic, moments, items.next_observation, following)
+        best = worth(learned.target_critic, moments, items.next_observation, following)
         wanted = items.reward + options.gamma * ~items.terminated * best
-        taken = value(critic, moments, items.observation, items.action)
+        taken = worth(critic, moments, items.observation, items.action)
         return ((taken - wanted) ** 2).mean(), taken.mean()
 
     def actor_loss(actor: Params, critic: Params, moments: Moments, items: Transition) -> Float[Array, ""]:
         action = policy(actor, moments, items.observation)
-        return -value(critic, moments, items.observation, action).mean()
+        return -worth(critic, moments, items.observation, action).mean()
 
     def learn(learned: Learned, ring: Any, moments: Moments, key: PRNGKeyArray):
         """`gradient_steps` steps, and the means of their figures."""
@@ -181,6 +182,10 @@ def make(config: Experiment, env: Env) -> Algorithm:
             training.learned,
         )
         training = Training(learned, held, stream, noise, steps, key)
-        return State(Agent(learned.actor, moments), training), metrics | figures
+        return State(Agent(learned.actor, learned.critic, moments), training), metrics | figures
 
-    return Algorithm(init, update, act)
+    def value(agent: Agent, observation: jax.Array) -> Float[Array, " B"]:
+        action = policy(agent.actor, agent.moments, observation)
+        return worth(agent.critic, agent.moments, observation, action)
+
+    return Algorithm(init, update, act, value)

@@ -192,7 +192,10 @@ def make(config: Experiment, env: Env) -> Algorithm:
         training = training._replace(target=target, optimizer=learned.optimizer, replay=held, key=key)
         return State(Agent(learned.params, moments), training), metrics
 
-    return Algorithm(init, update, act)
+    def value(agent: Agent, observation: jax.Array) -> Float[Array, " B"]:
+        return values(agent.params, agent.moments, observation).max(-1)
+
+    return Algorithm(init, update, act, value)
 
 
 def nothing_held(environments: int) -> Int[Array, " B"]:

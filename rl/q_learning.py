@@ -89,7 +89,10 @@ def make(config: Experiment, env: Env) -> Algorithm:
         metrics |= {"error": told["error"].mean(), "epsilon": epsilon_at(training.steps)}
         return State(table, training), metrics
 
-    return Algorithm(init, update, act)
+    def value(table: Float[Array, "S A"], observation: jax.Array) -> Float[Array, " B"]:
+        return table[observation.astype(jnp.int32)].max(-1)
+
+    return Algorithm(init, update, act, value)
 
 
 def improve(

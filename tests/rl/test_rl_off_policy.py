@@ -189,7 +189,7 @@ def test_targets_of_ddpg_follow_by_tau():
             )
     assert int(state.training.steps) == 48
     np.testing.assert_array_equal(
-        *(jax.tree.leaves(tree)[0] for tree in (state.agent.params, state.training.learned.actor))
+        *(jax.tree.leaves(tree)[0] for tree in (state.agent.actor, state.training.learned.actor))
     )
 
 
@@ -216,7 +216,7 @@ def test_seeds_side_by_side_are_the_runs_alone(name, options):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-5), together.agent, once.agent
     )
-    first = jax.tree.leaves(together.agent.params)[0]
+    first = jax.tree.leaves(together.agent)[0]
     assert not np.allclose(first[0], first[1])
 
 
