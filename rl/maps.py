@@ -1,4 +1,4 @@
-"""`python -m rl.maps --run R`: what an agent expects of each state and does there, where states make a plane."""
+"""`python -m rl.maps --run R`: what an agent expects of each state and does there, if states make a plane."""
 
 from __future__ import annotations
 
@@ -22,11 +22,21 @@ if TYPE_CHECKING:
 _POINTS = 121  # along each axis
 
 
+class Axis(NamedTuple):
+    name: str
+    least: float
+    most: float
+
+    @property
+    def points(self) -> np.ndarray:
+        return np.linspace(self.least, self.most, _POINTS)
+
+
 class Plane(NamedTuple):
     """The states of an environment as points of a plane, and what its actions are called."""
 
-    across: tuple[str, float, float]  # name, least, most
-    up: tuple[str, float, float]
+    across: Axis
+    up: Axis
     observe: Callable[[np.ndarray, np.ndarray], np.ndarray]  # two coordinates [N] -> observations [N, ...]
     action: str
     scale: float = 1.0  # of continuous actions
@@ -41,10 +51,14 @@ def _pendulum(angle: np.ndarray, speed: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle), speed], 1)
 
 
-_CAR = ("position", -1.2, 0.6), ("velocity", -0.07, 0.07), _pair
+_CAR = Axis("position", -1.2, 0.6), Axis("velocity", -0.07, 0.07), _pair
 PLANES = {
     "Pendulum-v1": Plane(
-        ("angle from upright (rad)", -math.pi, math.pi), ("speed (rad/s)", -8, 8), _pendulum, "torque", 2.0
+        Axis("angle from upright (rad)", -math.pi, math.pi),
+        Axis("speed (rad/s)", -8, 8),
+        _pendulum,
+        "torque",
+        2,
     ),
     "MountainCar-v0": Plane(*_CAR, "push", choices=("left", "none", "right")),
     "MountainCarContinuous-v0": Plane(*_CAR, "force"),
@@ -115,10 +129,10 @@ def _ask(trained: Trained, agent: Any, observations: np.ndarray) -> tuple[np.nda
 def _draw_plane(
     left: Axes, right: Axes, plane: Plane, ask: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    (name, *across), (up_name, *up) = plane.across, plane.up
-    x, y = np.meshgrid(np.linspace(*across, _POINTS), np.linspace(*up, _POINTS))
+    across, up = plane.across, plane.up
+    x, y = np.meshgrid(across.points, up.points)
     values, actions = ask(plane.observe(x.ravel(), y.ravel()))
-    image: dict[str, Any] = {"extent": (*across, *up), "origin": "lower", "aspect": "auto"}
+    image: dict[str, Any] = {"extent": (*across[1:], *up[1:]), "origin": "lower", "aspect": "auto"}
     shown = left.imshow(values.reshape(x.shape), cmap="viridis", **image)
     left.figure.colorbar(shown, ax=left, label="value")
     actions = actions.reshape(x.shape) * plane.scale
@@ -131,9 +145,9 @@ def _draw_plane(
     else:
         shown = right.imshow(actions, cmap="RdBu", vmin=-plane.scale, vmax=plane.scale, **image)
         right.figure.colorbar(shown, ax=right, label=plane.action)
-    left.set_ylabel(up_name)
+    left.set_ylabel(up.name)
     for axes in (left, right):
-        axes.set_xlabel(name)
+        axes.set_xlabel(across.name)
 
 
 def _shades(count: int) -> Any:
@@ -150,10 +164,18 @@ def _draw_grid(axes: Axes, world: Grid, values: np.ndarray, actions: np.ndarray)
     shape = (world.height, world.width)
     shown = axes.imshow(np.ma.masked_array(values, empty).reshape(shape), cmap="viridis")
     axes.figure.colorbar(shown, ax=axes, label="value")
+    bright = values > (values[~empty].min() + values[~empty].max()) / 2
     for cell in range(world.num_cells):
         row, column = divmod(cell, world.width)
         mark = world.layout[row, column] if empty[cell] else ARROWS[actions[cell]]
-        axes.text(column, row, mark, ha="center", va="center", color="black" if empty[cell] else "white")
+        axes.text(
+            column,
+            row,
+            mark,
+            ha="center",
+            va="center",
+            color="black" if empty[cell] or bright[cell] else "white",
+        )
     axes.set_xticks([])
     axes.set_yticks([])
 
