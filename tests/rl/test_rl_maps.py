@@ -36,7 +36,7 @@ def _untrained(name: str) -> Trained:
     }
     experiment = parse(Experiment, data)
     env, made = start.build(experiment)
-    return Trained(experiment, env, made, start.init(experiment, made).agent)
+    return Trained(experiment, env, made, start.init(made, start.seeds(experiment)).agent)
 
 
 @pytest.mark.parametrize("name", ["Rooms", "MountainCar-v0", "Pendulum-v1"])
