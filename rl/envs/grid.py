@@ -44,16 +44,17 @@ ROOMS = """
 @struct.dataclass
 class EnvState(environment.EnvState):
     cell: jax.Array  # row * width + column
-    time: int | jax.Array
+    time: Any
 
 
 @struct.dataclass
 class EnvParams(environment.EnvParams):
-    slip: float = 0.0  # probability of going to either side of the intended direction instead, half each
-    step_reward: float = -1.0
-    goal_reward: float = 0.0  # in place of the step's
-    cliff_reward: float = -100.0
-    max_steps_in_episode: int = 200
+    # Numbers, or arrays where they are traced.
+    slip: Any = 0.0  # probability of going to either side of the intended direction instead, half each
+    step_reward: Any = -1.0
+    goal_reward: Any = 0.0  # in place of the step's
+    cliff_reward: Any = -100.0
+    max_steps_in_episode: Any = 200
 
 
 class Grid(environment.Environment[EnvState, EnvParams]):
