@@ -93,7 +93,10 @@ def sample(
 
 
 def prioritize(
-    replay: Replay, indices: Int[Array, " B"], errors: Float[Array, " B"], alpha: float | int
+    replay: Replay,
+    indices: Int[Array, " B"],
+    errors: Float[Array, " B"],
+    alpha: Float[Array, ""] | float | int,
 ) -> Replay:
     """Give the items at `indices` the priorities (|error| + offset)^alpha of their temporal differences."""
     assert replay.tree is not None and replay.highest is not None
