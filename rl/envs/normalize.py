@@ -38,17 +38,19 @@ def no_moments(shape: tuple[int, ...] = ()) -> Moments:
 def merge(moments: Moments, batch: jax.Array) -> Moments:
     """With a batch [..., *shape] added.
 
-    Written as steps towards the batch, which stay right when `seen` has grown past float32's whole numbers.
+    Written as weighted means, which stay right when `seen` has grown past float32's whole numbers.
     """
     batch = batch.reshape(-1, *moments.mean.shape)
     mean = batch.mean(0)
     variance = ((batch - mean) ** 2).mean(0)
     seen = moments.seen + len(batch)
-    share, delta = len(batch) / seen, mean - moments.mean
+    # At most 1, whatever a compiler makes of a division: else what never varies could have a variance below 0.
+    share = jnp.minimum(len(batch) / seen, 1.0)
+    delta = mean - moments.mean
     return Moments(
         seen,
         moments.mean + share * delta,
-        moments.variance + share * (variance - moments.variance + (1 - share) * delta**2),
+        (1 - share) * (moments.variance + share * delta**2) + share * variance,
     )
 
 

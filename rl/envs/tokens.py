@@ -34,13 +34,13 @@ _ALLOWED = np.array([[token in _KINDS[kind] for token in range(len(VOCABULARY))]
 
 @struct.dataclass
 class SentenceState(environment.EnvState):
-    time: int | jax.Array
-    tokens: jax.Array  # [LENGTH] ids, and -1 where none is yet
+    time: Any
+    tokens: Any  # [LENGTH] ids, and -1 where none is yet
 
 
 @struct.dataclass
 class SentenceParams(environment.EnvParams):
-    max_steps_in_episode: int | jax.Array = LENGTH + 1  # never reached: a full sentence is over
+    max_steps_in_episode: Any = LENGTH + 1  # never reached: a full sentence is over
 
 
 class Sentences(environment.Environment[SentenceState, SentenceParams]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,3 +59,26 @@ def test_scaled_rewards_as_by_loop():
     assert_allclose(scale.moments.deviation, deviation, rtol=1e-5)
     assert_allclose(scaled, rewards[5:] / deviation, rtol=1e-5)
     assert_allclose(scale.running, running)
+
+
+def test_what_never_varies_has_no_variance_below_zero():
+    """Compiled together with its start, rounding once made it -6e-8, and its root no number."""
+
+    @jax.jit
+    def deviation():
+        moments = normalize.no_moments()
+        for size in (8, 7, 24):
+            moments = normalize.merge(moments, jnp.full((size,), 0.1))
+        return moments.variance, moments.deviation
+
+    variance, found = deviation()
+    assert variance >= 0 and 0 < found < 1e-3
+
+
+def test_rewards_that_are_all_zero_stay_so():
+    @jax.jit
+    def scaled():
+        scale = normalize.no_reward_scale(2)
+        return normalize.scale_rewards(scale, jnp.zeros((4, 2)), jnp.zeros((4, 2), bool), 0.99)[1]
+
+    assert not scaled().any()

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 from PIL import Image
@@ -30,9 +32,18 @@ CONFIG = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_device():
+    """As on a laptop: two seeds don't divide over eight devices."""
+    real = rl.loop.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl.loop, "make_mesh", lambda options: real(options, jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run of ten updates."""
+def folder(tmp_path_factory, _one_device):
+    """A run of ten updates, `whole`."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "config.yaml").write_text(yaml.dump(CONFIG))
     train(command(folder, "whole"))
@@ -40,18 +51,8 @@ def folder(tmp_path_factory):
 
 
 def command(folder, name, *more):
-    return ["--config", str(folder / "config.yaml"), "--set", f"run.dir={folder}",
-            "--set", f"run.name={name}", "--set", "mesh.data=8" if name == "wide" else "mesh.data=1",
-            *more]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """Two seeds don't divide over eight devices: as on a laptop, there is one."""
-    import jax
-
-    real = rl.loop.make_mesh
-    monkeypatch.setattr(rl.loop, "make_mesh", lambda options: real(options, jax.devices()[:1]))
+    places = ["--set", f"run.dir={folder}", "--set", f"run.name={name}"]
+    return ["--config", str(folder / "config.yaml"), *places, *more]
 
 
 def test_the_run_folder(folder):
@@ -113,9 +114,6 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(folder, monkeypatch):
 
 def arrays(run, item):
     """All arrays of a run's last checkpoint, by name."""
-    import jax
-    import orbax.checkpoint as ocp
-
     tree = ocp.PyTreeCheckpointHandler().restore(run.checkpoints / "640" / item)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
