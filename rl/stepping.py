@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from core.errors import UserError
+from core.mesh import shard
 from rl.config import Experiment
 from rl.envs.wrapper import Discrete, Env, EnvState
 from rl.replay import Transition
@@ -25,7 +26,7 @@ class Stream(NamedTuple):
 def start(env: Env, key: PRNGKeyArray, environments: int) -> Stream:
     """Environments at the beginning of an episode."""
     observation, state = jax.vmap(env.reset)(jax.random.split(key, environments))
-    return Stream(state, observation)
+    return _divide(Stream(state, observation))
 
 
 def advance(
@@ -36,10 +37,15 @@ def advance(
     The transition's next observation is the one that the action led to, never one after a reset; and only
     `terminated` is kept, since an episode that the time limit cuts off would have gone on.
     """
-    keys = jax.random.split(key, len(stream.observation))
+    keys, stream = jax.random.split(key, len(stream.observation)), _divide(stream)
     observation, state, reward, terminated, truncated, info = jax.vmap(env.step)(keys, stream.env, actions)
     seen = Transition(stream.observation, actions, reward, terminated, info["final_observation"])
-    return Stream(state, observation), seen, terminated | truncated, info
+    return _divide(Stream(state, observation)), seen, terminated | truncated, info
+
+
+def _divide(stream: Stream) -> Stream:
+    """Environments over the mesh's `data`; without a mesh, as they are."""
+    return jax.tree.map(lambda x: shard(x, "act_batch", *[None] * (x.ndim - 1)), stream)
 
 
 def example(env: Env) -> Transition:

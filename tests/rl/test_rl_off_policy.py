@@ -14,11 +14,14 @@ from gymnax.environments import environment, spaces
 
 from core.config import parse
 from core.errors import UserError
+from core.mesh import make_mesh
+from core.options import MeshConfig
 from rl import ddpg, dqn, start, stepping
 from rl.config import Experiment
 from rl.envs import wrapper
 from rl.envs.wrapper import Env
 from rl.evaluate import evaluate
+from rl.loop import advance_under, make_programs
 
 SMALL: dict[str, dict[str, Any]] = {
     "dqn": {
@@ -218,6 +221,21 @@ def test_seeds_side_by_side_are_the_runs_alone(name, options):
     )
     first = jax.tree.leaves(together.agent)[0]
     assert not np.allclose(first[0], first[1])
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_environments_over_two_devices_are_the_same(name, options):
+    experiment = _experiment(name, steps=80, **options)
+    ends = []
+    for devices in (1, 2):
+        env, algorithm = start.build(experiment)
+        mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+        programs = make_programs(experiment, env, algorithm, mesh)
+        state = programs.init(start.seeds(experiment))
+        advance = advance_under(programs, state)
+        ends.append(jax.device_get(advance(state, 5)[0].agent))
+    assert "f32[1,2," in advance.as_text()  # a device's half of the observations
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *ends)
 
 
 def test_held_actions_are_held_as_long_as_asked():

@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", ["dqn", pytest.param("ddpg", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_the_same_bit_for_bit(name, tmp_path, monkeypatch):
     real = rl.loop.make_mesh
     monkeypatch.setattr(rl.loop, "make_mesh", lambda options: real(options, jax.devices()[:1]))
