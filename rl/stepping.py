@@ -15,6 +15,8 @@ from rl.config import Experiment
 from rl.envs.wrapper import Discrete, Env, EnvState
 from rl.replay import Transition
 
+T = TypeVar("T")
+
 
 class Stream(NamedTuple):
     """B environments, each leaf with a leading axis, and what they last showed."""
@@ -66,12 +68,16 @@ def linear(steps: jax.Array, first: float | int, last: float | int, over: float 
 
 
 def refuse_normalized_rewards(config: Experiment) -> None:
-    """Raises a `UserError`: what lies in replay would have been scaled by statistics of long ago."""
+    """For values learned from one step to the next, which would mix rewards of different scales.
+
+    Raises:
+        UserError: if the experiment normalizes rewards.
+    """
     if config.env.normalize_reward:
-        raise UserError(f"env.normalize_reward is not for {config.algorithm}, whose rewards lie in a replay")
-
-
-T = TypeVar("T")
+        raise UserError(
+            f"env.normalize_reward is not for {config.algorithm}, whose values would mix rewards that were "
+            "scaled at different times: remove it"
+        )
 
 
 def once(
