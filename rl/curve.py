@@ -16,6 +16,7 @@ from core.log import console, progress
 
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 _WIDTH, _HEIGHT = 60, 10  # characters
+_WINDOW = 5  # lines of metrics that a point is the mean of
 
 Show = Callable[[int, Sequence[tuple[int, float]], str], None]  # steps done, points of the curve, status
 
@@ -41,7 +42,8 @@ def live(name: str, total: int, done: int, title: str) -> Iterator[Show]:
 
 def draw(points: Sequence[tuple[int, float]], total: int, title: str, width: int = _WIDTH) -> str:
     """The curve through `points` (x, y) on an axis from 0 to `total`, with its range beside it."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
+    mean = smoothed([y for _, y in points])
+    points = [(x, y) for (x, _), y in zip(points, mean, strict=True) if math.isfinite(y)]
     if len(points) < 2:
         return ""
     x, y = np.array(points, float).T
@@ -64,3 +66,10 @@ def draw(points: Sequence[tuple[int, float]], total: int, title: str, width: int
     end = f"{total:,} steps"
     foot = f"{'':>{wide}} └{'─' * width}\n{'':>{wide}}  0{end:>{width - 1}}"
     return "\n".join([f"{'':>{wide}}  {title}", *body, foot])
+
+
+def smoothed(values: Sequence[float | int]) -> np.ndarray:
+    """The mean of each value and the few before it, of those that are numbers; NaN before the first."""
+    given = np.array(values, float)
+    windows = [given[max(0, i + 1 - _WINDOW) : i + 1] for i in range(len(given))]
+    return np.array([w[~np.isnan(w)].mean() if not np.isnan(w).all() else np.nan for w in windows])

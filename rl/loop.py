@@ -29,7 +29,7 @@ from rl.envs.wrapper import Env
 from rl.evaluate import evaluate
 from rl.report import finish
 
-_LINES = 200  # of metrics in a run, about
+_LINES = 100  # of metrics in a run, about
 _EVALUATION = 0x5EED  # folded into a seed's key, so that evaluations draw nothing that training draws
 _log = logging.getLogger(__name__)
 

@@ -17,17 +17,19 @@ _WIDTH, _HEIGHT = 360, 240
 _SCALE = 2  # drawn larger and reduced, which smooths the edges
 _FPS = 30
 
+Point = tuple[float | int, float | int]
+
 
 class Canvas:
     """A frame whose coordinates are the environment's: x to the right, y up, in its own units."""
 
-    def __init__(self, x: tuple[float | int, float | int], y_low: float | int):
+    def __init__(self, x: Point, y_low: float | int):
         self.image = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
         self._draw = ImageDraw.Draw(self.image)
         self._x, self._y = x[0], y_low
         self._unit = _WIDTH * _SCALE / (x[1] - x[0])  # pixels
 
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float | int) -> None:
+    def line(self, points: Sequence[Point], color: str, width: float | int) -> None:
         """A line through points, of a width in the environment's units."""
         at = [self._at(point) for point in points]
         self._draw.line(at, fill=color, width=max(2, round(width * self._unit)), joint="curve")
@@ -35,12 +37,12 @@ class Canvas:
             for point in (points[0], points[-1]):
                 self.disc(point, width / 2, color)
 
-    def disc(self, center: tuple[float, float], radius: float | int, color: str) -> None:
+    def disc(self, center: Point, radius: float | int, color: str) -> None:
         x, y = self._at(center)
         r = radius * self._unit
         self._draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
 
-    def box(self, center: tuple[float, float], width: float | int, height: float | int, color: str) -> None:
+    def box(self, center: Point, width: float | int, height: float | int, color: str) -> None:
         x, y = self._at(center)
         w, h = width * self._unit / 2, height * self._unit / 2
         self._draw.rectangle((x - w, y - h, x + w, y + h), fill=color)
@@ -48,7 +50,7 @@ class Canvas:
     def done(self) -> Image.Image:
         return self.image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
 
-    def _at(self, point: tuple[float, float]) -> tuple[float, float]:
+    def _at(self, point: Point) -> tuple[float, float]:
         return (point[0] - self._x) * self._unit, _HEIGHT * _SCALE - (point[1] - self._y) * self._unit
 
 

@@ -43,7 +43,7 @@ def play(
     path = run / "plots" / "play.gif" if out is None else out
     save_gif(frames, path)
     returns = ", ".join(f"{score:,.2f}" for _, score in played)
-    console.print(f"return {returns} in {len(frames)} steps: {path}")
+    console.print(f"return {returns} in {len(frames)} frames: {path}", soft_wrap=True)
 
 
 def roll(trained: Trained, agent: Any, key: jax.Array, greedy: bool) -> tuple[EnvState, float]:

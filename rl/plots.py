@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from core.plots import BLUE, new_figure, save, style
+from rl.curve import smoothed
 
 _PREFIX = "episode_return_seed_"
-_WINDOW = 5  # lines of metrics that a point is the mean of
 
 
 def plot_returns(metrics: Sequence[Mapping[str, float | int]], path: Path, name: str) -> None:
@@ -25,7 +25,7 @@ def plot_returns(metrics: Sequence[Mapping[str, float | int]], path: Path, name:
     if not seeds:
         return
     steps = np.array([line["step"] for line in metrics], float)
-    curves = np.stack([_smoothed([line.get(seed, np.nan) for line in metrics]) for seed in seeds])
+    curves = np.stack([smoothed([line.get(seed, np.nan) for line in metrics]) for seed in seeds])
     some = ~np.isnan(curves).all(0)
     steps, curves = steps[some], curves[:, some]
     figure = new_figure(8, 4.5)
@@ -37,10 +37,3 @@ def plot_returns(metrics: Sequence[Mapping[str, float | int]], path: Path, name:
         axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
     style(axes, "return of training episodes", f"environment steps, {name}")
     save(figure, path)
-
-
-def _smoothed(values: Sequence[float | int]) -> np.ndarray:
-    """The mean of the last few lines that have a value; NaN before the first."""
-    given = np.array(values, float)
-    windows = [given[max(0, i + 1 - _WINDOW) : i + 1] for i in range(len(given))]
-    return np.array([w[~np.isnan(w)].mean() if not np.isnan(w).all() else np.nan for w in windows])

@@ -49,10 +49,8 @@ def _print(run: RunFolder, experiment: Experiment, returns: np.ndarray, summary:
     console = Console(highlight=False)
     points = [(int(m["step"]), m.get("episode_return", math.nan)) for m in read_metrics(run.metrics)]
     console.out(draw(points, experiment.train.steps, "return of training episodes"), highlight=False)
-    table = Table(
-        title=f"{experiment.env.name}, {returns.shape[1]} greedy episodes in fresh environments",
-        title_justify="left",
-    )
+    console.print(f"{experiment.env.name}: {returns.shape[1]} greedy episodes in fresh environments")
+    table = Table()
     for name in ("seed", "mean return", "std", "least", "most"):
         table.add_column(name, justify="right")
     for i, row in enumerate(returns):
@@ -64,4 +62,4 @@ def _print(run: RunFolder, experiment: Experiment, returns: np.ndarray, summary:
     console.print(table)
     steps = experiment.train.steps * experiment.train.seeds
     console.print(f"{steps:,} environment steps in {summary['train_seconds']:.1f} s")
-    console.print(f"curve: {run.plots / 'returns.png'}   figures: {run.summary}")
+    console.print(f"curve: {run.plots / 'returns.png'}   figures: {run.summary}", soft_wrap=True)

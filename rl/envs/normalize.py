@@ -44,7 +44,7 @@ def merge(moments: Moments, batch: jax.Array) -> Moments:
     mean = batch.mean(0)
     variance = ((batch - mean) ** 2).mean(0)
     seen = moments.seen + len(batch)
-    # At most 1, whatever a compiler makes of a division: else what never varies could have a variance below 0.
+    # At most 1, whatever a compiler makes of a division, or what never varies had a variance below 0.
     share = jnp.minimum(len(batch) / seen, 1.0)
     delta = mean - moments.mean
     return Moments(

@@ -115,7 +115,11 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(folder, monkeypatch):
 def arrays(run, item):
     """All arrays of a run's last checkpoint, by name."""
     tree = ocp.PyTreeCheckpointHandler().restore(run.checkpoints / "640" / item)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return {
+        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def test_play_makes_a_gif(folder, capsys):
