@@ -110,21 +110,31 @@ def set_leaves(
 ) -> Float[Array, " nodes"]:
     """Set leaves (values of a repeated index must be equal), and every sum above them."""
     nodes = len(tree) // 2 + indices
-    tree = tree.at[nodes].set(values)
-    for _ in range(int(math.log2(len(tree))) - 1):
+
+    def add_up(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tree, nodes = carry
         nodes = nodes // 2
-        tree = tree.at[nodes].set(tree[2 * nodes] + tree[2 * nodes + 1])
-    return tree
+        return tree.at[nodes].set(tree[2 * nodes] + tree[2 * nodes + 1]), nodes
+
+    return jax.lax.fori_loop(0, _depth(tree), add_up, (tree.at[nodes].set(values), nodes))[0]
 
 
 def find_leaves(tree: Float[Array, " nodes"], sums: Float[Array, " B"]) -> Int[Array, " B"]:
     """The leaves at which the running sum from the left first exceeds `sums`; never one that is 0."""
-    nodes = jnp.ones_like(sums, jnp.int32)
-    for _ in range(int(math.log2(len(tree))) - 1):
+
+    def descend(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sums, nodes = carry
         left = tree[2 * nodes]
         right = (sums >= left) & (tree[2 * nodes + 1] > 0)
-        sums, nodes = jnp.where(right, sums - left, sums), 2 * nodes + right
-    return nodes - len(tree) // 2
+        return jnp.where(right, sums - left, sums), 2 * nodes + right
+
+    root = jnp.ones(sums.shape, jnp.int32)
+    return jax.lax.fori_loop(0, _depth(tree), descend, (sums, root))[1] - len(tree) // 2
+
+
+def _depth(tree: Float[Array, " nodes"]) -> int:
+    """How many levels of sums stand above the leaves."""
+    return int(math.log2(len(tree))) - 1
 
 
 def _capacity(replay: Replay) -> int:
