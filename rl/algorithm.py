@@ -26,6 +26,8 @@ class Algorithm(NamedTuple):
     update: Callable[[State], tuple[State, dict[str, jax.Array]]]
     # agent, observations [B, ...] as the environment gives them, random key, greedy -> actions [B, ...]
     act: Callable[[Any, jax.Array, jax.Array, bool], jax.Array]
+    # agent, observations [B, ...] -> what it expects of the states under its own policy, [B]
+    value: Callable[[Any, jax.Array], jax.Array]
 
 
 def episode_metrics(done: jax.Array, info: dict[str, jax.Array]) -> dict[str, jax.Array]:

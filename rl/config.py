@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from core.config import config
 from core.options import MeshConfig, RunConfig
+from rl.options import DDPGConfig, DQNConfig, QLearningConfig
 
-ALGORITHMS = ("ppo",)
+ALGORITHMS = ("ppo", "dqn", "ddpg", "q_learning")
 
 
 @config
@@ -95,6 +96,9 @@ class Experiment:
     env: EnvConfig
     train: TrainConfig
     ppo: PPOConfig | None = None
+    dqn: DQNConfig | None = None
+    ddpg: DDPGConfig | None = None
+    q_learning: QLearningConfig | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

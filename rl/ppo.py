@@ -167,7 +167,7 @@ def make(experiment: Experiment, env: Env) -> Algorithm:
         training = training._replace(optimizer=optimizer_state, scale=scale, key=key)
         return State(Agent(params, moments), training), metrics
 
-    return Algorithm(init, update, act)
+    return Algorithm(init, update, act, lambda agent, observation: forward(agent, observation)[1])
 
 
 def make_optimizer(options: PPOConfig, updates: int) -> optax.GradientTransformation:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from core.checkpoint import newest_params
 from core.config import load
 from core.run import RunFolder
-from rl import ppo
+from rl import ddpg, dqn, ppo, q_learning
 from rl.algorithm import Algorithm, State
 from rl.config import Experiment
 from rl.envs.wrapper import Env, make
 
-MAKE = {"ppo": ppo.make}
+MAKE = {"ppo": ppo.make, "dqn": dqn.make, "ddpg": ddpg.make, "q_learning": q_learning.make}
 
 
 class Trained(NamedTuple):

@@ -17,9 +17,15 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment
 
 from core.errors import UserError
+from rl.envs.grid import GRIDS
+from rl.envs.mountain_car import MountainCarContinuous
 from rl.envs.tokens import Sentences
 
-OURS: dict[str, Callable[[], Environment]] = {"Sentences": Sentences}
+OURS: dict[str, Callable[[], Environment]] = {
+    "Sentences": Sentences,
+    "MountainCarContinuous-v0": MountainCarContinuous,  # gymnax's, mended
+    **GRIDS,
+}
 
 
 class Discrete(NamedTuple):
@@ -120,7 +126,7 @@ class Env:
 
 def names() -> list[str]:
     """The environments that `make` knows."""
-    return [*OURS, *gymnax.registered_envs]
+    return sorted({*OURS, *gymnax.registered_envs})
 
 
 def make(name: str) -> Env:
