@@ -17,7 +17,7 @@ from clip.data.tokenizer import CaptionTokenizer, caption_tokenizer
 from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, check_mesh
 from core.checkpoint import Checkpointer, newest_params
-from core.config import load, to_yaml
+from core.config import load, to_dict, to_yaml
 from core.distributed import first_before_others, on_first
 from core.errors import UserError
 from core.mesh import check_divides, make_mesh, shardings
@@ -68,14 +68,17 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
         "%.1fM parameters on %d x %s; %s products",
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype,
     )  # fmt: skip
-    source = None if experiment.init.source is None else _initial(experiment.init.source)
     run = RunFolder(experiment.run.folder)
+    source = None if run.has_checkpoint else _initial(experiment.init.source)
     on_first(lambda: _create(run, experiment, resume))
     splits, tokenizer = first_before_others(lambda: _prepare(experiment, run, source))
     return Setup(experiment, run, mesh, model, optimizer, splits, tokenizer)
 
 
-def _initial(source: str) -> RunFolder:
+def _initial(source: str | None) -> RunFolder | None:
+    """The run whose weights are begun from; one that has a checkpoint of its own needs it no more."""
+    if source is None:
+        return None
     try:
         return RunFolder.open(Path(source))
     except UserError as error:
@@ -112,10 +115,15 @@ def _tokenizer(
     experiment: Experiment, splits: Splits, run: RunFolder, source: RunFolder | None, cache: Path
 ) -> Tokenizer:
     """That of the weights that the run begins with, if any: they mean nothing under another vocabulary."""
-    weights = run if run.has_checkpoint else source
+    options, weights = experiment.tokenizer, run if run.has_checkpoint else source
     if weights is not None:
-        return CaptionTokenizer.load(weights.tokenizer)
-    options = experiment.tokenizer
+        tokenizer = CaptionTokenizer.load(weights.tokenizer)
+        if options.path and CaptionTokenizer.load(options.path).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"tokenizer.path: {options.path} is not the tokenizer of the weights to begin with "
+                f"({tokenizer.path}), to which its ids would mean something else: leave tokenizer.path out"
+            )
+        return tokenizer
     return caption_tokenizer(
         splits.train,
         cache,
@@ -146,15 +154,37 @@ def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
 def load_params(run: RunFolder, config: CLIPConfig, model: Blueprint, mesh: Mesh) -> Params:
     """The parameters of a run's newest intact checkpoint, placed on the mesh; the optimizer is not read.
 
+    A model that computes otherwise with the same parameters (another patch dropout, say) may take them,
+    which is said.
+
     Raises:
-        UserError: if there is no such checkpoint, or its model is another.
+        UserError: if there is no such checkpoint, or its model has another shape.
     """
-    if load(Experiment, run.config).model != config:
+    trained = load(Experiment, run.config).model
+    there, here = _flat(to_dict(trained), "model"), _flat(to_dict(config), "model")
+    differing = ", ".join(
+        f"{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in {**here, **there}
+        if here.get(key) != there.get(key)
+    )
+    if _shapes(blueprint(trained)) != _shapes(model):
         raise UserError(
-            f"init.from: the model in {run.path} is another than `model` here: take over the `model` section "
-            f"of {run.config}"
+            f"init.from: the model in {run.path} has other parameters than `model` here ({differing}): "
+            f"take over the `model` section of {run.config}"
         )
+    if differing:
+        _log.info("init.from: the weights of %s in another model: %s", run.path, differing)
     return newest_params(run, targets(model.shapes, shardings(mesh, model.axes)))
+
+
+def _flat(section: Any, key: str) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        return {key: section}
+    return {k: v for name, value in section.items() for k, v in _flat(value, f"{key}.{name}").items()}
+
+
+def _shapes(model: Blueprint) -> Params:
+    return jax.tree.map(lambda s: s.shape, model.shapes)
 
 
 def require_same_data(setup: Setup, step: int, meta: Mapping[str, Any]) -> None:
