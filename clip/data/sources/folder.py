@@ -81,12 +81,14 @@ class DiskFolder:
 class ZipFolder:
     """A folder inside a zip archive."""
 
-    def __init__(self, archive: Path, folder: str) -> None:
+    def __init__(self, archive: Path, folder: str, key: str) -> None:
         self._archive, self._folder = archive, f"{folder}/" if folder else ""
         try:
             self._zip = zipfile.ZipFile(archive)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{archive} can't be opened as a zip archive ({error})") from None
+        except Exception as error:  # a damaged directory has many ways to mislead
+            raise UserError(
+                f"{key}: {archive} can't be opened as a zip archive ({error}): fetch it again"
+            ) from None
         self._members = {
             info.filename.removeprefix(self._folder): info
             for info in self._zip.infolist()
@@ -128,9 +130,12 @@ def open_folder(path: str, key: str) -> Folder:
     for archive in (full, *full.parents):
         if archive.is_file():
             if not zipfile.is_zipfile(archive):
-                raise UserError(f"{key}: {archive} is a file and no zip archive: name a folder, or a .zip")
+                raise UserError(
+                    f"{key}: {archive} is a file and no zip archive, or one that was cut off: name a folder "
+                    "or a .zip, or fetch it again"
+                )
             folder = full.relative_to(archive).as_posix()
-            opened = ZipFolder(archive, "" if folder == "." else folder)
+            opened = ZipFolder(archive, "" if folder == "." else folder, key)
             if not opened.names():
                 raise UserError(f"{key}: {archive} holds nothing under {folder!r}")
             return opened
