@@ -25,10 +25,11 @@ import yaml
 from core.errors import UserError
 from core.files import write_atomically
 
-# What a resumed run may do otherwise than before: where it lies, the machine, and what it keeps and shows.
-# Nothing that decides which numbers are computed: not even `train.steps`, since schedules depend on it. (When
-# a run counts as diverging may change: that is what the user mends after it has stopped for it.)
-MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence")
+# Sections and keys: what a resumed run may do otherwise than before: where it lies, the machine, and what
+# it keeps and shows. Nothing that decides which numbers are computed: not even `train.steps`, since
+# schedules depend on it. (When a run counts as diverging may change: that is what the user mends after it
+# has stopped for it.)
+MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence", "data.cache", "data.workers")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -90,7 +91,7 @@ class RunFolder:
 
         A run is there once it has a line of metrics or a checkpoint; what stopped before that (a missing
         data file, say) begins anew, with or without `resume`. With `resume` the saved configuration must
-        equal the new one but for the sections `MAY_CHANGE`. The folder stays locked against other processes
+        equal the new one but for `MAY_CHANGE`. The folder stays locked against other processes
         for as long as this one lives. With several processes, only the first calls this.
 
         Args:
@@ -214,7 +215,8 @@ def _require_same_config(path: Path, config_yaml: str) -> None:
     differing = [
         key
         for key in [*new, *saved]
-        if new.get(key, ...) != saved.get(key, ...) and key.split(".")[0] not in MAY_CHANGE
+        if new.get(key, ...) != saved.get(key, ...)
+        and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
     ]
     if differing:
         key, more = differing[0], len(set(differing)) - 1

@@ -151,7 +151,8 @@ def _entries(
             known = found.setdefault(verdict.digest, entry)
             if known is not entry:
                 captions = tuple(dict.fromkeys((*known.captions, *entry.captions)))
-                found[verdict.digest] = known._replace(captions=captions)
+                label = known.label if known.label is not None else label
+                found[verdict.digest] = known._replace(captions=captions, label=label)
     return list(found.values())
 
 
@@ -232,15 +233,15 @@ def _digest(raw: Raw) -> str:
     return hashlib.blake2b(header + np.ascontiguousarray(raw.image).tobytes(), digest_size=8).hexdigest()
 
 
-def open_labelled(folder: str, templates: Sequence[str] | None, key: str, cache: Path) -> Photos:
+def open_labelled(folder: str, key: str, cache: Path, broken_fraction: float | int) -> Photos:
     """All images of a folder with a folder a class, to be classified; broken ones are named and left out.
 
     Args:
         key: what the user knows `folder` by.
 
     Raises:
-        UserError: for what is no such folder, or where more than one image in a hundred is broken.
+        UserError: for what is no such folder, or more than `broken_fraction` of broken images.
     """
-    sources = [_open(Source(classes=folder, templates=tuple(templates) if templates else None), key)]
+    sources = [_open(Source(classes=folder), key)]
     classes = _classes(sources)
-    return Photos(tuple(_entries(sources, classes, 0.01, cache)), classes)
+    return Photos(tuple(_entries(sources, classes, broken_fraction, cache)), classes)

@@ -61,7 +61,7 @@ class DiskFolder:
             raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
-        digest = hashlib.blake2b(digest_size=8)
+        digest = hashlib.blake2b(str(self.path.resolve()).encode(), digest_size=8)
         for name in names:
             try:
                 status = os.stat(self.path / name)
@@ -110,8 +110,9 @@ class ZipFolder:
             raise BrokenImage(str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
-        status = os.stat(self._archive)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        found = [(name, self._members.get(name)) for name in names]
+        content = [(name, info and (info.CRC, info.file_size)) for name, info in found]
+        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
     def inside(self, name: str) -> str | None:
         name = posixpath.normpath(name)
