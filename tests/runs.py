@@ -36,8 +36,9 @@ def numbers(run: Path) -> list[dict[str, float]]:
 def stop_at(
     monkeypatch, step: int, act: Callable[[], None], module: ModuleType = llm.loop, name: str = "put_batch"
 ) -> None:
-    """Call `act` when the loop in `module`, whose `name` puts batches on the mesh, does so for `step`, counted
-    from where it begins.
+    """Call `act` when the loop in `module` fetches the batch of `step`, counted from where it begins.
+
+    `name` is what puts batches on the mesh there.
     """
     steps = iter(range(1, 10**6))
     put = getattr(module, name)

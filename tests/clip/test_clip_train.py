@@ -146,6 +146,7 @@ def test_resume_with_a_changed_tokenizer_is_refused(undisturbed, cache, tmp_path
     run = shutil.copytree(undisturbed, tmp_path / "run")
     config = (run / "config.yaml").read_text().replace(str(undisturbed.parent), str(tmp_path))
     (run / "config.yaml").write_text(config)
+    shutil.rmtree(run / "tokenizer")
     save(train_bpe(["other words, other merges"], 270), run / "tokenizer")
     with pytest.raises(
         UserError, match=rf"the tokenizer in {run}/tokenizer is not the one that checkpoint 12"
@@ -172,7 +173,6 @@ def test_resume_on_changed_captions_is_refused(undisturbed, cache, tmp_path):
     train(own)
     figures = json.loads((tmp_path / "run/summary.json").read_text())
     assert "heldout_loss" in figures and "zero_shot_accuracy" not in figures, "captions have no classes"
-    write_pairs(photos, ["a noise that is called otherwise", *captions[1:]])
     write_pairs(photos, [caption.replace("noise", "picture") for caption in captions])
     with pytest.raises(UserError, match="the images or captions have changed since checkpoint 1 "):
         train(own, resume=True)
@@ -217,7 +217,7 @@ def test_an_imported_run_trains(undisturbed, cache, tmp_path, caplog):
     export_run(RunFolder.open(undisturbed), tmp_path / "hf", "float32")
     import_run(tmp_path / "hf", tmp_path / "imported")
     assert_same_bits(
-        {name: value for name, value in saved_at_0(tmp_path / "imported").items()},
+        saved_at_0(tmp_path / "imported"),
         {name: value for name, value in saved(undisturbed).items() if name.startswith("params")},
     )
     config = to_dict(load(Experiment, tmp_path / "imported/config.yaml"))
@@ -255,7 +255,7 @@ def one_device(_) -> jax.sharding.Sharding:
 
 @pytest.mark.slow
 def test_losses_are_the_same_on_any_mesh(undisturbed, cache, tmp_path, monkeypatch):
-    """On one device with all similarities at once; on eight, divided every way, in pieces and microbatches."""
+    """On one device with all similarities at once; on eight, divided every way, in pieces and two parts."""
     options = {"negatives": "chunked", "chunk": 2, "accumulation": 2}
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     train(experiment(cache, tmp_path, "eight", train=options, mesh=mesh))
@@ -342,7 +342,7 @@ def test_values_out_of_bounds_are_named(changes, message, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_load(path):
-    assert load(Experiment, path).run.name == f"clip-{path.stem}"
+    assert load(Experiment, path).run.name.endswith(path.stem)
 
 
 def test_help_is_quick_and_imports_no_jax():
