@@ -160,7 +160,9 @@ def test_tfds_is_read_without_tensorflow(prepared, tmp_path, caplog, caption):
 
 def test_an_array_of_tfds_is_an_image(prepared, tmp_path):
     splits = opened(tmp_path, tfds="toy", dir=str(prepared), image="array", caption="captions")
-    assert everything(splits) == {bytes([i] * 12): (f"a, {i}", f"b {i}") for i in range(COUNT)}
+    # TFDS decodes what else is in a record, too.
+    numbers = [i for i in range(COUNT) if i != BROKEN]
+    assert everything(splits) == {bytes([i] * 12): (f"a, {i}", f"b {i}") for i in numbers}
 
 
 @pytest.mark.parametrize("damage", ["zeros", "cut"])

@@ -124,8 +124,6 @@ def open_tfds(source: Source, key: str) -> Records:
         decoders = tfds.decode.SkipDecoding()
         for part in reversed(image.split("/")):
             decoders = {part: decoders}
-    fields = {column.split("/")[0]: True for column in (image, caption)}
-    decoders = tfds.decode.PartialDecoding(fields, decoders)  # an image in another field is left alone
     split = source.split or "train"
     try:
         records = builder.as_data_source(split, decoders=decoders)
