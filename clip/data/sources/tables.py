@@ -74,7 +74,8 @@ def open_table(source: Source, key: str) -> Table:
             if isinstance(row, str):
                 raise BrokenImage(row)
             name = _inside(field(row, image.split("/")), folder)
-            found.setdefault(name, []).extend(captions_of(field(row, caption.split("/"))))
+            captions = captions_of(field(row, caption.split("/")))
+            found.setdefault(name, []).extend(captions)  # an image that no row describes is not there
         except BrokenImage as error:
             broken.append(Broken(place, str(error)))
     if not found:
