@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from runs import ROOT, TIMES, assert_same_bits, assert_same_parameters, command, numbers, saved, stop_at
 
 import clip.data.scenes
 import clip.loop
@@ -33,7 +34,6 @@ from core.run import RunFolder
 from export.read import import_run
 from export.write import export_run
 from llm.tokenizer import save, train_bpe
-from runs import ROOT, TIMES, assert_same_bits, assert_same_parameters, command, numbers, saved, stop_at
 
 CONFIGS = sorted((ROOT / "configs/clip").glob("*.yaml"))
 SHAPE = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "mlp_dim": 32}
