@@ -67,7 +67,7 @@ class Source:
 
     @model_validator(mode="after")
     def _check(self):
-        kinds = [kind for kind in _OPTIONS if getattr(self, kind) not in (None, False)]
+        kinds = [kind for kind in _OPTIONS if getattr(self, kind)]
         if len(kinds) != 1:
             found = f"has {' and '.join(kinds)}" if kinds else "says not where images are"
             raise ValueError(f"it {found}: name one of {', '.join(_OPTIONS)}")
