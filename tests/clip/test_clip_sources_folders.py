@@ -80,14 +80,14 @@ def test_classes_are_folders_on_disk_and_in_archives(folder):
     zipped = opened(folder, Source(classes=f"{packed(folder)}/in", templates=["a {}", "the {} of {}"]))
     assert [examples(side) for side in zipped] == [examples(side) for side in splits]
     assert zipped.train.fingerprint == splits.train.fingerprint
-    plain = open_labelled(f"{packed(folder)}/in", None, "--images", folder / "cache")
+    plain = open_labelled(f"{packed(folder)}/in", "--images", folder / "cache", 0.01)
     assert plain.classes.templates == ("a photo of a {}",)
     assert plain.captions(0) == ("a photo of a cat",) and len(plain) == len(found)
 
 
 def test_a_folder_without_classes_is_named(folder):
     with pytest.raises(UserError, match=r"^--images: .*cat has no folder with images .*: each class is a"):
-        open_labelled(str(folder / "classes" / "cat"), None, "--images", folder / "cache")
+        open_labelled(str(folder / "classes" / "cat"), "--images", folder / "cache", 0.01)
 
 
 def test_what_is_in_both_sides_is_held_out(folder, caplog):
@@ -107,6 +107,27 @@ def test_what_is_in_both_sides_is_held_out(folder, caplog):
         opened(folder, train, heldout=(train,))
     with pytest.raises(UserError, match=r"^data\.heldout\.0: the folder .*nowhere does not exist"):
         opened(folder, train, heldout=(Source(classes=str(folder / "nowhere")),))
+
+
+def test_two_folders_of_one_archive_are_two(folder):
+    """Though names and the archive's size and time are the same: what is known of images is of a source."""
+    archive = folder / "two.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for side in range(2):
+            for number in range(2):
+                file.writestr(f"{'ab'[side]}/cat/{number}.png", encoded(10 * side + number))
+    train, heldout = (Source(classes=f"{archive}/{side}") for side in "ab")
+    splits = open_splits(DataConfig(batch_size=1, sources=(train,), heldout=(heldout,)), 0, folder / "cache")
+    assert [len(split) for split in splits] == [2, 2]
+    assert not examples(splits.train).keys() & examples(splits.heldout).keys()
+
+
+def test_a_line_is_no_picture(folder, caplog):
+    """Its shorter side would be scaled to the model's size, and the other with it."""
+    Image.new("RGB", (3000, 1)).save(folder / "classes/cat/line.png")
+    found = opened(folder, Source(classes=str(folder / "classes")), broken_fraction=0.1)
+    assert len(found.train) + len(found.heldout) == COUNT * len(CLASSES)
+    assert "3000 x 1 pixels are a line, no picture" in caplog.text
 
 
 def test_a_damaged_archive_is_named(folder):
