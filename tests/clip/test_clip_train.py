@@ -178,6 +178,7 @@ def test_resume_on_changed_captions_is_refused(undisturbed, cache, tmp_path):
         train(own, resume=True)
 
 
+@pytest.mark.slow
 def test_init_from_starts_with_the_other_runs_weights(undisturbed, cache, tmp_path, monkeypatch, caplog):
     """And tokenizer; what is the same in shape may differ; once it has begun, the first is needed no more."""
     first = shutil.copytree(undisturbed, tmp_path / "first")
@@ -199,6 +200,7 @@ def test_init_from_starts_with_the_other_runs_weights(undisturbed, cache, tmp_pa
     assert [line["step"] for line in numbers(run)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_init_from_what_cannot_be_is_refused(undisturbed, cache, tmp_path):
     source = {"from": str(undisturbed)}
     with pytest.raises(UserError, match=r"init\.from.*\(model\.image\.mlp_dim is 32 there and 64 here\)"):
