@@ -24,7 +24,7 @@ from clip import zeroshot
 from clip.config import Experiment
 from clip.loop import train
 from core.checkpoint import Checkpointer
-from core.config import load, parse, to_dict
+from core.config import load, parse, to_dict, to_yaml
 from core.errors import UserError
 from core.mesh import make_mesh
 from core.metrics import read_metrics
@@ -229,8 +229,8 @@ def test_an_imported_run_trains(undisturbed, cache, tmp_path, caplog):
         "eval": {"images": 64},
     }.items():
         config[section] |= values
-    (tmp_path / "imported/config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    imported = load(Experiment, tmp_path / "imported/config.yaml")
+    imported = parse(Experiment, config)
+    (tmp_path / "imported/config.yaml").write_text(to_yaml(imported))
     with pytest.raises(UserError, match="--resume"):
         train(imported)
     caplog.set_level("INFO")
