@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,17 +13,15 @@ from clip.config import Experiment
 from clip.data.captions import count_cut
 from clip.data.corpus import Splits, open_splits
 from clip.data.tokenizer import CaptionTokenizer, caption_tokenizer
-from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, check_mesh
-from core.checkpoint import Checkpointer, newest_params
-from core.config import load, to_dict, to_yaml
+from core.config import to_yaml
 from core.distributed import first_before_others, on_first
 from core.errors import UserError
-from core.mesh import check_divides, make_mesh, shardings
-from core.module import Blueprint, Params
+from core.mesh import check_divides, make_mesh
+from core.module import Blueprint
 from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
-from core.state import State, init_state, restored_state, state_from, targets
+from core.start import initial_run
 from llm.model.transformer import Compute
 from llm.tokenizer import Tokenizer
 
@@ -69,22 +66,12 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype,
     )  # fmt: skip
     run = RunFolder(experiment.run.folder)
-    source = None if run.has_checkpoint else _initial(experiment.init.source)
+    source = None
+    if experiment.init.source is not None and not run.has_checkpoint:  # else it needs the other no more
+        source = initial_run(experiment.init.source)
     on_first(lambda: _create(run, experiment, resume))
     splits, tokenizer = first_before_others(lambda: _prepare(experiment, run, source))
     return Setup(experiment, run, mesh, model, optimizer, splits, tokenizer)
-
-
-def _initial(source: str | None) -> RunFolder | None:
-    """The run whose weights are begun from; one that has a checkpoint of its own needs it no more."""
-    if source is None:
-        return None
-    try:
-        return RunFolder.open(Path(source))
-    except UserError as error:
-        raise UserError(
-            f"init.from: {error}; train or import that run first, or name its folder with --set init.from=..."
-        ) from None
 
 
 def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:
@@ -132,71 +119,3 @@ def _tokenizer(
         pattern=options.pattern,
         name=f"{'tokenizer' if options.vocab_size else 'model.text'}.vocab_size",
     )
-
-
-def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
-    """The state that the checkpoint of `step` holds; at step 0 that of weights that were imported, of
-    `init.from`'s or of fresh ones.
-    """
-    experiment, model, mesh = setup.experiment, setup.model, setup.mesh
-    made_of = model, experiment.train, setup.optimizer, mesh
-    if step > 0:
-        return restored_state(*made_of, checkpointer, step)
-    if 0 in checkpointer.steps():
-        params = checkpointer.restore_params(0, targets(model.shapes, shardings(mesh, model.axes)))
-        return state_from(*made_of, params)
-    if experiment.init.source is None:
-        return init_state(*made_of, experiment.seed)
-    run = RunFolder.open(Path(experiment.init.source))
-    return state_from(*made_of, load_params(run, experiment.model, model, mesh))
-
-
-def load_params(run: RunFolder, config: CLIPConfig, model: Blueprint, mesh: Mesh) -> Params:
-    """The parameters of a run's newest intact checkpoint, placed on the mesh; the optimizer is not read.
-
-    A model that computes otherwise with the same parameters (another patch dropout, say) may take them,
-    which is said.
-
-    Raises:
-        UserError: if there is no such checkpoint, or its model has another shape.
-    """
-    trained = load(Experiment, run.config).model
-    there, here = _flat(to_dict(trained), "model"), _flat(to_dict(config), "model")
-    differing = ", ".join(
-        f"{key} is {there.get(key)} there and {here.get(key)} here"
-        for key in {**here, **there}
-        if here.get(key) != there.get(key)
-    )
-    if _shapes(blueprint(trained)) != _shapes(model):
-        raise UserError(
-            f"init.from: the model in {run.path} has other parameters than `model` here ({differing}): "
-            f"take over the `model` section of {run.config}"
-        )
-    if differing:
-        _log.info("init.from: the weights of %s in another model: %s", run.path, differing)
-    return newest_params(run, targets(model.shapes, shardings(mesh, model.axes)))
-
-
-def _flat(section: Any, key: str) -> dict[str, Any]:
-    if not isinstance(section, dict):
-        return {key: section}
-    return {k: v for name, value in section.items() for k, v in _flat(value, f"{key}.{name}").items()}
-
-
-def _shapes(model: Blueprint) -> Params:
-    return jax.tree.map(lambda s: s.shape, model.shapes)
-
-
-def require_same_data(setup: Setup, step: int, meta: Mapping[str, Any]) -> None:
-    """Raise `UserError` if the run's checkpoint of `step` was trained on other pairs or another tokenizer."""
-    folder = setup.run.checkpoints
-    if meta["pairs_fingerprint"] != setup.identity["pairs_fingerprint"]:
-        raise UserError(
-            f"the images or captions have changed since checkpoint {step} in {folder} was written: "
-            "restore them, or start another run (run.name) that begins from this one (init.from)"
-        )
-    if meta["tokenizer_fingerprint"] != setup.identity["tokenizer_fingerprint"]:
-        raise UserError(
-            f"the tokenizer in {setup.tokenizer.path} is not the one that checkpoint {step} in {folder} was "
-            "trained with: bring that back"
-        )

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from core.config import from_yaml
 from core.errors import UserError
 from core.files import write_atomically
 
@@ -203,7 +204,7 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 
 def _require_same_config(path: Path, config_yaml: str) -> None:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = from_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict):
@@ -211,7 +212,7 @@ def _require_same_config(path: Path, config_yaml: str) -> None:
             f"{path} is damaged: put back the configuration that the run was started with, or start "
             "another run (--set run.name=...)"
         )
-    saved, new = dict(_flatten(tree)), dict(_flatten(yaml.safe_load(config_yaml)))
+    saved, new = dict(flatten(tree)), dict(flatten(from_yaml(config_yaml)))
     differing = [
         key
         for key in [*new, *saved]
@@ -228,10 +229,11 @@ def _require_same_config(path: Path, config_yaml: str) -> None:
         )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested mappings, and their values."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

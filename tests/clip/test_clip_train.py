@@ -23,6 +23,7 @@ import clip.setup
 from clip import zeroshot
 from clip.config import Experiment
 from clip.loop import train
+from clip.model.model import blueprint
 from core.checkpoint import Checkpointer
 from core.config import load, parse, to_dict, to_yaml
 from core.errors import UserError
@@ -31,6 +32,7 @@ from core.metrics import read_metrics
 from core.options import MeshConfig
 from core.rewind import read_rewinds
 from core.run import RunFolder
+from core.state import targets
 from export.read import import_run
 from export.write import export_run
 from llm.tokenizer import save, train_bpe
@@ -198,7 +200,7 @@ def test_init_from_starts_with_the_other_runs_weights(undisturbed, cache, tmp_pa
         cache, tmp_path, init={"from": str(first)}, optimizer=FROZEN, image={"norm_epsilon": 1e-6},
         train={"steps": 2},
     )  # fmt: skip
-    caplog.set_level("INFO", "clip.setup")
+    caplog.set_level("INFO", "core.start")
     with monkeypatch.context() as patch:
         stop_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM), clip.loop, "put_rows")
         train(second)
@@ -256,9 +258,9 @@ def test_an_imported_run_trains(undisturbed, cache, tmp_path, caplog):
 
 def saved_at_0(run: Path) -> dict[str, np.ndarray]:
     experiment = load(Experiment, run / "config.yaml")
-    shapes = clip.setup.blueprint(experiment.model).shapes
+    shapes = blueprint(experiment.model).shapes
     with Checkpointer(run / "checkpoints") as checkpointer:
-        params = checkpointer.restore_params(0, clip.setup.targets(shapes, jax.tree.map(one_device, shapes)))
+        params = checkpointer.restore_params(0, targets(shapes, jax.tree.map(one_device, shapes)))
     leaves = jax.tree.leaves_with_path(params)
     return {".".join(["params", *(str(key.key) for key in path)]): np.asarray(x) for path, x in leaves}
 

@@ -11,8 +11,11 @@ import numpy as np
 
 from clip.data.config import TEMPLATES, Source
 from clip.data.images import BrokenImage
-from clip.data.sources.source import Broken, Raw, captions_of, field, import_extra, of_class
+from clip.data.sources.source import Broken, Raw, captions_of, field, of_class
 from core.errors import UserError
+from llm.data.sources.document import import_extra
+from llm.data.sources.huggingface import place_of
+from llm.data.sources.tfds import open_builder, open_records
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,7 @@ def open_huggingface(source: Source, key: str) -> Records:
     """
     assert source.huggingface is not None
     datasets = import_extra("datasets")
-    path = os.path.expanduser(source.huggingface)
-    local = os.path.isdir(path)
-    if local and source.revision:
-        raise UserError(f"{key}: {path} is a folder, and has no 'revision': leave that out")
-    if not local and source.huggingface.startswith(("/", "./", "../", "~")):
-        raise UserError(f"{key}: the folder {source.huggingface} does not exist")
+    path = place_of(source.huggingface, source.revision, key)
     try:
         dataset = datasets.load_dataset(
             path, source.name, split=source.split or "train", revision=source.revision
@@ -101,20 +99,7 @@ def open_tfds(source: Source, key: str) -> Records:
         UserError: for one that is unknown or not prepared, or has no such split or field.
     """
     assert source.tfds is not None
-    tfds = import_extra("tensorflow_datasets")
-    folder = os.path.expanduser(source.dir or "~/tensorflow_datasets")
-    prepare = f"tfds.builder({source.tfds!r}, data_dir={folder!r}, file_format='array_record')"
-    try:
-        builder = tfds.builder(source.tfds, data_dir=folder)
-    except ValueError as error:
-        raise UserError(
-            f"{key}: no data set {source.tfds!r} is prepared in {folder}, nor does TFDS know how to prepare "
-            f"one ({_first_line(error)}): name the folder it was prepared in as 'dir'"
-        ) from None
-    if not builder.info.splits:
-        raise UserError(
-            f"{key}: {source.tfds!r} is not prepared in {folder}: {prepare}.download_and_prepare() does that"
-        )
+    tfds, builder = import_extra("tensorflow_datasets"), open_builder(source.tfds, source.dir, key)
     image, caption = source.image or "image", source.caption or "caption"
     pixels = _feature(builder.info.features, image, "image", key, source.tfds)
     said = _feature(builder.info.features, caption, "caption", key, source.tfds)
@@ -125,16 +110,8 @@ def open_tfds(source: Source, key: str) -> Records:
         for part in reversed(image.split("/")):
             decoders = {part: decoders}
     split = source.split or "train"
-    try:
-        records = builder.as_data_source(split, decoders=decoders)
-        files = [(str(path), os.stat(path).st_mtime_ns) for path in builder.info.splits[split].filepaths]
-    except NotImplementedError:
-        raise UserError(
-            f"{key}: {source.tfds!r} is prepared in {folder} in a format that has no random access: prepare "
-            f"it in another folder with {prepare}.download_and_prepare()"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{key}: {source.tfds!r}: {_first_line(error)}") from None
+    records, info = open_records(builder, source.tfds, split, key, decoders)
+    files = [(str(path), os.stat(path).st_mtime_ns) for path in info.filepaths]
     identity = (builder.info.full_name, split, image, caption, names, templates, len(records), files)
     return Records(source.label, (), records, image, caption, _fingerprint(identity), names, templates)
 

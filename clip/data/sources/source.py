@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from clip.data.images import BrokenImage
-from core.errors import UserError
 
 
 class Raw(NamedTuple):
@@ -103,17 +100,3 @@ def field(record: Any, path: Sequence[str]) -> Any:
             raise BrokenImage(f"it has no {'/'.join(path)!r}")
         record = record[part]
     return record
-
-
-def import_extra(module: str) -> ModuleType:
-    """Import a module that only some sources need.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"this source needs the package {error.name or module}: pip install -e '.[data]'"
-        ) from None
