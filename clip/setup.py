@@ -58,7 +58,8 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     check_mesh(experiment.model, mesh)
     rows = experiment.data.batch_size // options.accumulation
     check_divides(mesh, {"data.batch_size / train.accumulation": ("act_batch", rows)})
-    model = blueprint(experiment.model, Compute(dtype=options.dtype, remat=options.remat))
+    compute = Compute(options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = blueprint(experiment.model, compute)
     optimizer = make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
     device = jax.devices()[0]
     _log.info(
