@@ -30,14 +30,17 @@ class TrainConfig:
     # Of the products; weights and sums stay float32. float16 brings dynamic loss scaling.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     accumulation: int = Field(1, ge=1)  # microbatches a step; each example still sees the whole batch
-    # Decay per step of a moving average of the parameters, which is then the run's model; None: no average.
-    average: float | None = Field(None, gt=0, lt=1)
     loss: Literal["softmax", "sigmoid"] = "softmax"  # CLIP's (InfoNCE), or SigLIP's
     # Where an example's negatives are compared with it: `dense` on every device for the whole batch, `local`
     # on its own device, `chunked` the same in pieces of `chunk`, so that only they are held.
     negatives: Literal["dense", "local", "chunked"] = "local"
     chunk: int = Field(1024, ge=1)
     remat: Literal["none", "full", "dots"] = "none"
+    scan_layers: bool = True  # false: a step on a CPU is a tenth faster, and takes longer to compile
+
+    @property
+    def average(self) -> None:
+        """No moving average of the parameters is kept (`core.state.StepOptions`)."""
 
 
 @config

@@ -68,8 +68,11 @@ def gradients(
 def clamp(params: Params) -> Params:
     """The parameters after an optimizer's step, a logit scale that left [1, 100] put back on the bound.
 
-    The parameter is its logarithm, so in [0, ln 100] (Radford et al. 2021, section 2.5).
+    The parameter is its logarithm, so in [0, ln 100] (Radford et al. 2021, section 2.5). That of the sigmoid
+    loss, which has a bias too, is free, as in SigLIP.
     """
+    if "logit_bias" in params:
+        return params
     bounded = jnp.clip(params["logit_scale"], 0.0, math.log(LARGEST_SCALE))
     return params | {"logit_scale": bounded}
 

@@ -11,7 +11,8 @@ from clip.data.batches import Batch, batches
 from clip.eval.heldout import make_measure
 from clip.gradients import clamp, gradients
 from clip.report import finish
-from clip.setup import Setup, require_same_data, set_up, state_at
+from clip.setup import Setup, set_up
+from clip.start import require_same_data, state_at
 from core import loop
 from core.config import to_dict
 from core.distributed import on_first
@@ -46,7 +47,6 @@ def task_of(setup: Setup) -> Task[Batch]:
 
     return Task(
         run=setup.run,
-        mesh=mesh,
         steps=options.steps,
         eval_every=experiment.eval.every,
         checkpoint=experiment.checkpoint,

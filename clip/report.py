@@ -48,6 +48,7 @@ def finish(run: RunFolder, parameters: int) -> dict[str, float | int]:
             value = evaluated[name]
             table.add_row(label, f"{value:.3f}" if name.endswith("loss") else f"{value:.1%}")
     console.print(table)
-    console.print(f"python -m clip.zeroshot --run {run.path}   measures what it makes of images")
-    console.print(f"loss: {run.plots / 'loss.png'}   figures: {run.summary}")
+    command = f"python -m clip.zeroshot --run {run.path}"
+    console.print(f"{command}   measures what it makes of images", soft_wrap=True)
+    console.print(f"loss: {run.plots / 'loss.png'}   figures: {run.summary}", soft_wrap=True)
     return summary

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,17 +13,15 @@ from clip.config import Experiment
 from clip.data.captions import count_cut
 from clip.data.corpus import Splits, open_splits
 from clip.data.tokenizer import CaptionTokenizer, caption_tokenizer
-from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, check_mesh
-from core.checkpoint import Checkpointer, newest_params
-from core.config import load, to_yaml
+from core.config import to_yaml
 from core.distributed import first_before_others, on_first
 from core.errors import UserError
-from core.mesh import check_divides, make_mesh, shardings
-from core.module import Blueprint, Params
+from core.mesh import check_divides, make_mesh
+from core.module import Blueprint
 from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
-from core.state import State, init_state, restored_state, state_from, targets
+from core.start import initial_run
 from llm.model.transformer import Compute
 from llm.tokenizer import Tokenizer
 
@@ -61,27 +58,21 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     check_mesh(experiment.model, mesh)
     rows = experiment.data.batch_size // options.accumulation
     check_divides(mesh, {"data.batch_size / train.accumulation": ("act_batch", rows)})
-    model = blueprint(experiment.model, Compute(dtype=options.dtype, remat=options.remat))
+    compute = Compute(options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = blueprint(experiment.model, compute)
     optimizer = make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
     device = jax.devices()[0]
     _log.info(
         "%.1fM parameters on %d x %s; %s products",
         model.count / 1e6, jax.device_count(), device.device_kind, options.dtype,
     )  # fmt: skip
-    source = None if experiment.init.source is None else _initial(experiment.init.source)
     run = RunFolder(experiment.run.folder)
+    source = None
+    if experiment.init.source is not None and not run.has_checkpoint:  # else it needs the other no more
+        source = initial_run(experiment.init.source)
     on_first(lambda: _create(run, experiment, resume))
     splits, tokenizer = first_before_others(lambda: _prepare(experiment, run, source))
     return Setup(experiment, run, mesh, model, optimizer, splits, tokenizer)
-
-
-def _initial(source: str) -> RunFolder:
-    try:
-        return RunFolder.open(Path(source))
-    except UserError as error:
-        raise UserError(
-            f"init.from: {error}; train or import that run first, or name its folder with --set init.from=..."
-        ) from None
 
 
 def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:
@@ -112,10 +103,15 @@ def _tokenizer(
     experiment: Experiment, splits: Splits, run: RunFolder, source: RunFolder | None, cache: Path
 ) -> Tokenizer:
     """That of the weights that the run begins with, if any: they mean nothing under another vocabulary."""
-    weights = run if run.has_checkpoint else source
+    options, weights = experiment.tokenizer, run if run.has_checkpoint else source
     if weights is not None:
-        return CaptionTokenizer.load(weights.tokenizer)
-    options = experiment.tokenizer
+        tokenizer = CaptionTokenizer.load(weights.tokenizer)
+        if options.path and CaptionTokenizer.load(options.path).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"tokenizer.path: {options.path} is not the tokenizer of the weights to begin with "
+                f"({tokenizer.path}), to which its ids would mean something else: leave tokenizer.path out"
+            )
+        return tokenizer
     return caption_tokenizer(
         splits.train,
         cache,
@@ -124,49 +120,3 @@ def _tokenizer(
         pattern=options.pattern,
         name=f"{'tokenizer' if options.vocab_size else 'model.text'}.vocab_size",
     )
-
-
-def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
-    """The state that the checkpoint of `step` holds; at step 0 that of weights that were imported, of
-    `init.from`'s or of fresh ones.
-    """
-    experiment, model, mesh = setup.experiment, setup.model, setup.mesh
-    made_of = model, experiment.train, setup.optimizer, mesh
-    if step > 0:
-        return restored_state(*made_of, checkpointer, step)
-    if 0 in checkpointer.steps():
-        params = checkpointer.restore_params(0, targets(model.shapes, shardings(mesh, model.axes)))
-        return state_from(*made_of, params)
-    if experiment.init.source is None:
-        return init_state(*made_of, experiment.seed)
-    run = RunFolder.open(Path(experiment.init.source))
-    return state_from(*made_of, load_params(run, experiment.model, model, mesh))
-
-
-def load_params(run: RunFolder, config: CLIPConfig, model: Blueprint, mesh: Mesh) -> Params:
-    """The parameters of a run's newest intact checkpoint, placed on the mesh; the optimizer is not read.
-
-    Raises:
-        UserError: if there is no such checkpoint, or its model is another.
-    """
-    if load(Experiment, run.config).model != config:
-        raise UserError(
-            f"init.from: the model in {run.path} is another than `model` here: take over the `model` section "
-            f"of {run.config}"
-        )
-    return newest_params(run, targets(model.shapes, shardings(mesh, model.axes)))
-
-
-def require_same_data(setup: Setup, step: int, meta: Mapping[str, Any]) -> None:
-    """Raise `UserError` if the run's checkpoint of `step` was trained on other pairs or another tokenizer."""
-    folder = setup.run.checkpoints
-    if meta["pairs_fingerprint"] != setup.identity["pairs_fingerprint"]:
-        raise UserError(
-            f"the images or captions have changed since checkpoint {step} in {folder} was written: "
-            "restore them, or start another run (run.name) that begins from this one (init.from)"
-        )
-    if meta["tokenizer_fingerprint"] != setup.identity["tokenizer_fingerprint"]:
-        raise UserError(
-            f"the tokenizer in {setup.tokenizer.path} is not the one that checkpoint {step} in {folder} was "
-            "trained with: bring that back"
-        )

@@ -16,7 +16,7 @@ from clip.config import Experiment
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
-from core.run import RunFolder
+from core.run import RunFolder, plain
 
 if TYPE_CHECKING:
     from clip.data.split import Classes, Split
@@ -53,18 +53,20 @@ def main(argv: list[str]) -> None:
     run = RunFolder.open(args.run)
     experiment = load(Experiment, run.config)
     split = _split(args, experiment, run, templates)
-    out = args.out or (run.plots / Path(args.images).stem if args.images else run.plots)
+    data = Path(args.images).resolve().name if args.images else None
+    out = args.out or (run.plots / data if data else run.plots)
     _make(out)
     log.setup("core", "llm", "clip")
     devices.prepare()
     params, measured = measure(experiment, run, split)
-    figures = _figures(measured, split, Path(args.images).stem if args.images else None)
+    figures = _figures(measured, split, data)
     from clip.eval.report import merge_summary
 
     merge_summary(run, figures)
     files = _write(out, experiment, split, measured, params)
     if args.json:
-        print(json.dumps({**figures, "files": [str(file) for file in files]}))
+        plainly = {name: plain(value) for name, value in figures.items()}
+        print(json.dumps({**plainly, "files": [str(file) for file in files]}))
     else:
         _print(split, measured, retrieval=not args.images)
         for file in files:
@@ -100,7 +102,7 @@ def _split(args: argparse.Namespace, experiment: Experiment, run: RunFolder, tem
     if not args.images:
         split = open_splits(experiment.data, experiment.seed, cache).heldout
     else:
-        split = open_labelled(args.images, None, "--images", cache)
+        split = open_labelled(args.images, "--images", cache, experiment.data.broken_fraction)
     if split.classes is None:
         if templates:
             raise UserError("--templates are for classes, and the run has captions only: give --images too")
@@ -149,7 +151,13 @@ def _names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
     missing = [folder for folder in folders if folder not in given]
     if missing:
         raise UserError(f"--names {file} has no name for {', '.join(missing[:5])}")
-    return tuple(given[folder] for folder in folders)
+    names = tuple(given[folder] for folder in folders)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(
+            f"--names {file}: two folders are called {twice!r}, and no model could tell them apart"
+        )
+    return names
 
 
 def _make(folder: Path) -> None:

@@ -128,9 +128,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+def from_yaml(text: str) -> Any:
+    """What YAML says, numbers as `load` reads them. Raises `yaml.YAMLError` for what is none."""
+    return yaml.load(text, _Loader)
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return from_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -38,7 +38,6 @@ class Task(Generic[Batch]):
 
     Attributes:
         run: its folder.
-        mesh: set while it trains.
         steps: how many, from the first on.
         eval_every: steps between evaluations; 0: at the end only.
         state_at: the state before any step at 0, and that of a checkpoint at its step.
@@ -54,7 +53,6 @@ class Task(Generic[Batch]):
     """
 
     run: RunFolder
-    mesh: Mesh
     steps: int
     eval_every: int
     checkpoint: CheckpointConfig

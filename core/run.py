@@ -22,13 +22,15 @@ from typing import Any
 
 import yaml
 
+from core.config import from_yaml
 from core.errors import UserError
 from core.files import write_atomically
 
-# What a resumed run may do otherwise than before: where it lies, the machine, and what it keeps and shows.
-# Nothing that decides which numbers are computed: not even `train.steps`, since schedules depend on it. (When
-# a run counts as diverging may change: that is what the user mends after it has stopped for it.)
-MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence")
+# Sections and keys: what a resumed run may do otherwise than before: where it lies, the machine, and what
+# it keeps and shows. Nothing that decides which numbers are computed: not even `train.steps`, since
+# schedules depend on it. (When a run counts as diverging may change: that is what the user mends after it
+# has stopped for it.)
+MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence", "data.cache", "data.workers")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -90,7 +92,7 @@ class RunFolder:
 
         A run is there once it has a line of metrics or a checkpoint; what stopped before that (a missing
         data file, say) begins anew, with or without `resume`. With `resume` the saved configuration must
-        equal the new one but for the sections `MAY_CHANGE`. The folder stays locked against other processes
+        equal the new one but for `MAY_CHANGE`. The folder stays locked against other processes
         for as long as this one lives. With several processes, only the first calls this.
 
         Args:
@@ -202,7 +204,7 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 
 def _require_same_config(path: Path, config_yaml: str) -> None:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = from_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict):
@@ -210,11 +212,12 @@ def _require_same_config(path: Path, config_yaml: str) -> None:
             f"{path} is damaged: put back the configuration that the run was started with, or start "
             "another run (--set run.name=...)"
         )
-    saved, new = dict(_flatten(tree)), dict(_flatten(yaml.safe_load(config_yaml)))
+    saved, new = dict(flatten(tree)), dict(flatten(from_yaml(config_yaml)))
     differing = [
         key
         for key in [*new, *saved]
-        if new.get(key, ...) != saved.get(key, ...) and key.split(".")[0] not in MAY_CHANGE
+        if new.get(key, ...) != saved.get(key, ...)
+        and not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
     ]
     if differing:
         key, more = differing[0], len(set(differing)) - 1
@@ -226,10 +229,11 @@ def _require_same_config(path: Path, config_yaml: str) -> None:
         )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of nested mappings, and their values."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

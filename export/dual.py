@@ -72,6 +72,17 @@ def read_tokenizer(folder: Path) -> CaptionTokenizer:
     return tokenizer
 
 
+def require_padding(tokenizer: CaptionTokenizer, config: CLIPConfig) -> None:
+    """Raise `UserError` if a model that came with its tokenizer reads padding that `encode_captions` doesn't
+    write.
+    """
+    if config.text.pool == "last" and tokenizer.pad_id not in (None, tokenizer.eos_id):
+        raise UserError(
+            f"the tokenizer in {tokenizer.path} fills texts up with another token than the one that ends "
+            "them, and the model reads the last one: captions here are filled up with the end"
+        )
+
+
 def experiment(config: CLIPConfig, out: Path) -> Experiment:
     """What an imported model trains with unless told otherwise: gently, on the data that is at hand."""
     return parse(

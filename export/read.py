@@ -119,6 +119,7 @@ def import_run(folder: Path, out: Path) -> None:
     experiment: Experiment | DualExperiment
     if isinstance(config, CLIPConfig):
         tokenizer, rows = dual.read_tokenizer(folder), config.text.vocab_size
+        dual.require_padding(tokenizer, config)
         experiment = dual.experiment(config, out)
     else:
         tokenizer, rows, experiment = _read_tokenizer(folder), config.vocab_size, _experiment(config, out)

@@ -55,7 +55,6 @@ def task_of(setup: Setup) -> Task[Batch]:
 
     return Task(
         run=setup.run,
-        mesh=mesh,
         steps=options.steps,
         eval_every=experiment.eval.every,
         checkpoint=experiment.checkpoint,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from core.mesh import check_divides, make_mesh
 from core.module import Blueprint
 from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
+from core.start import initial_run
 from llm.config import Experiment
 from llm.generate import encode_prompt
 from llm.model.attention import choose_backend
@@ -46,8 +46,8 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     """
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
-    if not RunFolder(experiment.run.folder).has_checkpoint:
-        _check_initial(experiment.init.source)  # before a folder of this run's stands where it is missing
+    if experiment.init.source is not None and not RunFolder(experiment.run.folder).has_checkpoint:
+        initial_run(experiment.init.source)  # before a folder of this run's stands where it is missing
     model, optimizer = _model(experiment, mesh)
     run = RunFolder(experiment.run.folder)
     on_first(lambda: _create(run, experiment, resume))
@@ -115,18 +115,6 @@ def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
             "data.sequence_length": ("act_stream", data.sequence_length),
         },
     )
-
-
-def _check_initial(source: str | None) -> None:
-    if source is None:
-        return
-    try:
-        RunFolder.open(Path(source))
-    except UserError as error:
-        raise UserError(
-            f"init.from: {error}; train that run first with its own config, start where it lies, or name its "
-            "folder with --set init.from=..."
-        ) from None
 
 
 def _check_prompts(experiment: Experiment, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -75,8 +76,11 @@ def make(name: str, theirs: transformers.PreTrainedConfig | None = None) -> tran
 
 
 def write(name: str, folder: Path, corpus: Path, **options) -> Path:
-    """The checkpoint of a case as transformers writes it, with a tokenizer of ours and an image processor."""
+    """The checkpoint of a case as transformers writes it, with a tokenizer of ours, which fills texts up with
+    their end as SigLIP's does, and without an image processor."""
     make(name).save_pretrained(folder, **options)
     texts = [path.read_text() for path in copy_corpus(corpus).glob("*.py")]
     save(train_bpe(texts, VOCAB), folder)
+    roles = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"pad_token": roles["eos_token"]}))
     return folder

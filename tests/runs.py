@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,7 +18,14 @@ from core.checkpoint import Checkpointer
 from core.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("tokens_per_second", "data_seconds", "compute_seconds", "checkpoint_seconds", "mfu")
+TIMES = (
+    "tokens_per_second",
+    "data_seconds",
+    "compute_seconds",
+    "checkpoint_seconds",
+    "mfu",
+    "images_per_second",
+)
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
@@ -25,17 +33,22 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
 
 
-def stop_at(monkeypatch, step: int, act: Callable[[], None]) -> None:
-    """Call `act` when the loop fetches the batch of `step`, counted from where it begins."""
+def stop_at(
+    monkeypatch, step: int, act: Callable[[], None], module: ModuleType = llm.loop, name: str = "put_batch"
+) -> None:
+    """Call `act` when the loop in `module` fetches the batch of `step`, counted from where it begins.
+
+    `name` is what puts batches on the mesh there.
+    """
     steps = iter(range(1, 10**6))
-    put = llm.loop.put_batch
+    put = getattr(module, name)
 
     def counting(batch, mesh):
         if next(steps) == step:
             act()
         return put(batch, mesh)
 
-    monkeypatch.setattr(llm.loop, "put_batch", counting)
+    monkeypatch.setattr(module, name, counting)
 
 
 def saved(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
@@ -81,8 +94,8 @@ def assert_same_parameters(run: Path, other: Path) -> None:
     assert_same_bits(ours, theirs)
 
 
-def command(config: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "llm.train", "--config", str(config), *arguments]
+def command(config: Path, *arguments: str, module: str = "llm.train") -> list[str]:
+    return [sys.executable, "-m", module, "--config", str(config), *arguments]
 
 
 def clean_environment(cache: Path) -> dict[str, str]:

@@ -10,7 +10,10 @@ import nbformat
 import pytest
 from tiny import copy_corpus, experiment
 
-from llm.loop import train
+import clip.loop
+import llm.loop
+from clip.config import Experiment
+from core.config import parse
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,17 +38,34 @@ def test_a_notebook_stands_executed(path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def language_model(tmp_path_factory) -> Path:
     corpus, runs = copy_corpus(tmp_path_factory.mktemp("corpus")), tmp_path_factory.mktemp("runs")
-    train(experiment(corpus, runs, train={"steps": 40}, model={"max_length": 128}))
+    llm.loop.train(experiment(corpus, runs, train={"steps": 40}, model={"max_length": 128}))
+    return runs / "run"
+
+
+@pytest.fixture(scope="module")
+def dual_encoder(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("dual")
+    shape = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "mlp_dim": 32}
+    image = {**shape, "size": 16, "patch_size": 8}
+    text = {**shape, "vocab_size": 300, "length": 16}
+    options = {
+        "run": {"name": "run", "dir": str(runs)},
+        "data": {"batch_size": 64},
+        "model": {"embed_dim": 8, "image": image, "text": text},
+        "train": {"steps": 10},
+    }
+    clip.loop.train(parse(Experiment, options))
     return runs / "run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_on_another_run(path, trained):
+def test_a_notebook_runs_on_another_run(path, request):
+    run = request.getfixturevalue("dual_encoder" if path.stem == "zero_shot_eval" else "language_model")
     notebook = nbformat.read(path, as_version=4)
-    code_cells(notebook)[0].source = f"RUN = {str(trained)!r}"
+    code_cells(notebook)[0].source = f"RUN = {str(run)!r}"
     # Raises where a cell does.
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
     assert any(

@@ -14,8 +14,8 @@ _OPTIONS = {
     "csv": ("images", "image", "caption"),
     "jsonl": ("images", "image", "caption"),
     "classes": ("templates",),
-    "huggingface": ("name", "revision", "split", "image", "caption"),
-    "tfds": ("dir", "split", "image", "caption"),
+    "huggingface": ("name", "revision", "split", "image", "caption", "templates"),
+    "tfds": ("dir", "split", "image", "caption", "templates"),
 }
 TEMPLATES = ("a photo of a {}",)
 
@@ -30,6 +30,8 @@ class Source:
     - `{classes: FOLDER, templates: [...]}`: a folder of images for each class; captions are the templates.
     - `{huggingface: NAME_OR_FOLDER}`: a data set of the Hugging Face hub, or a folder laid out like one.
     - `{tfds: NAME}`: a data set that `tensorflow_datasets` has prepared as ArrayRecord.
+
+    Where `caption` names class labels of one of the last two, captions are the templates, as of `classes`.
 
     A path may lead into a zip archive, as `photos.zip/images` does.
     """
@@ -55,7 +57,8 @@ class Source:
     @classmethod
     def _expand(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("templates"), list):
-            return value | {"templates": tuple(value["templates"])}  # no JSON any more
+            # What is looked at here isn't JSON any more, of which pydantic would take a list.
+            return value | {"templates": tuple(value["templates"])}
         if not isinstance(value, str):
             return value
         if value != "embedded":
@@ -64,7 +67,7 @@ class Source:
 
     @model_validator(mode="after")
     def _check(self):
-        kinds = [kind for kind in _OPTIONS if getattr(self, kind) not in (None, False)]
+        kinds = [kind for kind in _OPTIONS if getattr(self, kind)]
         if len(kinds) != 1:
             found = f"has {' and '.join(kinds)}" if kinds else "says not where images are"
             raise ValueError(f"it {found}: name one of {', '.join(_OPTIONS)}")

@@ -25,7 +25,7 @@ from PIL import Image
 from clip.data.config import DataConfig, Source
 from clip.data.images import BrokenImage, decode, from_array
 from clip.data.scenes import Scenes
-from clip.data.sources.classes import ClassFolders, open_classes
+from clip.data.sources.classes import open_classes
 from clip.data.sources.hubs import open_huggingface, open_tfds
 from clip.data.sources.source import Broken, Images, Raw
 from clip.data.sources.tables import open_table
@@ -129,12 +129,9 @@ def _open(source: Source, key: str) -> Images:
 
 
 def _classes(sources: Sequence[Images]) -> Classes | None:
-    folders = [source for source in sources if isinstance(source, ClassFolders)]
-    if not folders:
-        return None
-    names = sorted({name for source in folders for name in source.classes})
-    templates = dict.fromkeys(template for source in folders for template in source.templates)
-    return Classes(tuple(names), tuple(templates))
+    names = sorted({name for source in sources for name in source.classes})
+    templates = dict.fromkeys(template for source in sources for template in source.templates)
+    return Classes(tuple(names), tuple(templates)) if names else None
 
 
 def _entries(
@@ -149,12 +146,13 @@ def _entries(
         for index, verdict in enumerate(verdicts):
             if verdict.reason is not None:
                 continue
-            label = labels.get(source.class_name(index) or "")
+            label = labels.get(verdict.class_name or "")
             entry = Entry(source, index, verdict.digest, verdict.captions, label)
             known = found.setdefault(verdict.digest, entry)
             if known is not entry:
                 captions = tuple(dict.fromkeys((*known.captions, *entry.captions)))
-                found[verdict.digest] = known._replace(captions=captions)
+                label = known.label if known.label is not None else label
+                found[verdict.digest] = known._replace(captions=captions, label=label)
     return list(found.values())
 
 
@@ -174,6 +172,7 @@ class _Verdict(NamedTuple):
     digest: str
     reason: str | None  # why an image can't be used; None: it is intact
     captions: tuple[str, ...]
+    class_name: str | None
 
 
 def _look(source: Images, cache: Path) -> list[_Verdict]:
@@ -181,7 +180,7 @@ def _look(source: Images, cache: Path) -> list[_Verdict]:
     file = cache / "images" / f"{source.fingerprint}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return [_Verdict(digest, reason, tuple(captions)) for digest, reason, captions in kept]
+        return [_Verdict(digest, reason, tuple(captions), name) for digest, reason, captions, name in kept]
     except (OSError, ValueError, TypeError):  # missing or damaged: made anew
         pass
 
@@ -189,9 +188,9 @@ def _look(source: Images, cache: Path) -> list[_Verdict]:
         try:
             raw = source.read(index)
             _decode(raw)
-            return _Verdict(_digest(raw), None, raw.captions)
+            return _Verdict(_digest(raw), None, raw.captions, raw.class_name)
         except BrokenImage as error:
-            return _Verdict("", str(error), ())
+            return _Verdict("", str(error), (), None)
 
     verdicts = []
     with (
@@ -234,15 +233,15 @@ def _digest(raw: Raw) -> str:
     return hashlib.blake2b(header + np.ascontiguousarray(raw.image).tobytes(), digest_size=8).hexdigest()
 
 
-def open_labelled(folder: str, templates: Sequence[str] | None, key: str, cache: Path) -> Photos:
+def open_labelled(folder: str, key: str, cache: Path, broken_fraction: float | int) -> Photos:
     """All images of a folder with a folder a class, to be classified; broken ones are named and left out.
 
     Args:
         key: what the user knows `folder` by.
 
     Raises:
-        UserError: for what is no such folder, or where more than one image in a hundred is broken.
+        UserError: for what is no such folder, or more than `broken_fraction` of broken images.
     """
-    sources = [_open(Source(classes=folder, templates=tuple(templates) if templates else None), key)]
+    sources = [_open(Source(classes=folder), key)]
     classes = _classes(sources)
-    return Photos(tuple(_entries(sources, classes, 0.01, cache)), classes)
+    return Photos(tuple(_entries(sources, classes, broken_fraction, cache)), classes)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 LARGEST_PIXELS = 100_000_000  # a larger image is taken for an attack or a mistake
 _WIDEST = 4 / 3  # width to height of a random crop, as in torchvision; its inverse is the narrowest
 _TRIES = 10
+_LONGEST_SIDE = 100  # times the other, which is scaled to the size of the model's images
 
 
 class BrokenImage(Exception):
@@ -49,6 +50,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    if max(image.size) > _LONGEST_SIDE * min(image.size):
+        raise BrokenImage(f"{image.width} x {image.height} pixels are a line, no picture")
     if image.mode.startswith("I"):  # which `convert` would clip at 255, not scale
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

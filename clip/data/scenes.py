@@ -4,7 +4,7 @@ A scene shows one or two digits of scikit-learn's bundled set (1,797 images of 8
 Recognition of Handwritten Digits"), each in a colour, on a dark ground that no caption speaks of. Its
 caption says what and where: "a red seven above a green two". A fifth of all pairs of a colour and a digit is
 held out: training shows each colour and each digit, but never those together. In the held-out split each
-scene shows at least one of them, alone or beside any other pair, in the hands of other writers.
+scene shows at least one of them, alone or beside any other pair, in digits that training never draws with.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BESIDE = (
     ("{first} right of {second}", True), ("{first} to the right of {second}", True),
 )  # fmt: skip
 _TWO = ("", "", "a picture of ", "there is ")
-_HELDOUT_IMAGES = 360  # the last fifth of the set, by which others wrote than the first four
+_HELDOUT_IMAGES = 360  # the last fifth of the set, nearly all by other writers
 
 
 class Plan(NamedTuple):

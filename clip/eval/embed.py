@@ -22,6 +22,8 @@ from core.module import Blueprint, Params
 from core.prefetch import prefetch
 from llm.tokenizer import Tokenizer
 
+_ROWS = 256  # of a batch, at most, on each device
+
 
 class Embed(NamedTuple):
     """What `make_embed` gives. With several processes each calls both, and each gets all embeddings.
@@ -39,11 +41,12 @@ class Embed(NamedTuple):
 def make_embed(
     blueprint: Blueprint, config: CLIPConfig, data: DataConfig, tokenizer: Tokenizer, mesh: Mesh
 ) -> Embed:
-    """Both towers, each compiled once, for batches of `data.batch_size` rows or the few more that divide over
-    the mesh. The last batch is filled up with zeros. To be called under `jax.set_mesh(mesh)`, as training is.
+    """Both towers, each compiled once, for batches of `data.batch_size` rows but at most `_ROWS` a device,
+    or the few more that divide over the mesh. The last batch is filled up with zeros. To be called under
+    `jax.set_mesh(mesh)`, as training is.
     """
     parts = mesh_parts(mesh, "act_batch")
-    size = -(-data.batch_size // parts) * parts
+    size = min(-(-data.batch_size // parts), _ROWS) * parts
     mine = local_rows(mesh, size)
     where, rows, everywhere = (shardings(mesh, axes) for axes in (blueprint.axes, ("act_batch",), ()))
 

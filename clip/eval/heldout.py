@@ -31,8 +31,8 @@ class Measured(NamedTuple):
         images, texts: embeddings of the images, and of the captions of `pool`.
         labels: the class of each image; -1 where it has none.
         classes: embeddings of the classes; None of a split without classes.
-        loss: contrastive, over batches as in training with the first caption of each image; NaN of fewer
-            images than divide over the mesh.
+        loss: contrastive, over batches as in training with the first caption of each image; over all N where
+            these are fewer, and then lower than training's would be; NaN of fewer than divide over the mesh.
     """
 
     indices: Int[np.ndarray, " N"]

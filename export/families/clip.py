@@ -39,6 +39,7 @@ CLIP = DualFamily(
     name="clip",
     architecture="CLIPModel",
     table=TABLE,
+    colours={},  # ours are OpenAI's
     fixed={"image.pool": "class", "text.pool": "end", "text.causal": True, "logit_bias": False},
     defaults={
         "text": {

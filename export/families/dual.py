@@ -60,6 +60,7 @@ class DualFamily:
         table: our parameters, its tensors.
         fixed: the values of ours that it has, by key; other keys may have any.
         defaults: by section, what a key in it means by its absence.
+        colours: the `mean` and `std` of pixels where no image processor stands beside the model.
         write: what `config.json` says of `model.embed_dim`: at the top, and in each section.
         read: the same back, of the top's keys and the sections'.
         buffers: a regular expression for tensors that old checkpoints hold beside the parameters.
@@ -70,6 +71,7 @@ class DualFamily:
     table: tuple[Row, ...]
     fixed: Mapping[str, Any]
     defaults: Mapping[str, Mapping[str, Any]]
+    colours: Mapping[str, Any]
     write: Callable[[int], tuple[dict[str, Any], dict[str, Any]]]
     read: Callable[[Keys, Mapping[str, Keys]], Any]
     buffers: str = r"(text|vision)_model\.embeddings\.position_ids"
@@ -125,7 +127,7 @@ class DualFamily:
                     key, value, f"what that changes in a {self.name} isn't known here, so the model isn't "
                     "read; if it changes nothing, remove the key",
                 )  # fmt: skip
-        ours["image"] |= read_colours(path.parent)
+        ours["image"] |= dict(self.colours) | read_colours(path.parent)
         return self._parse(ours, path)
 
     def _section(self, side: str, top: Keys, path: Path) -> Keys:

@@ -50,6 +50,7 @@ SIGLIP = DualFamily(
     name="siglip",
     architecture="SiglipModel",
     table=TABLE,
+    colours={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     fixed={"image.pool": "attention", "text.pool": "last", "text.causal": False, "logit_bias": True},
     defaults={
         "text": {

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import tokenizers
 from tokenizers.models import BPE
@@ -19,6 +19,9 @@ from llm.tokenizer.sentencepiece import BYTES, SPACE, convert
 
 _PROBE = "A  b\n\té😀"  # case, spaces, and characters that few vocabularies have: what is lost shows here
 _UTF8 = {bytes([byte]) for byte in range(256) if byte not in (0xC0, 0xC1, *range(0xF5, 0x100))}
+
+
+_Kind = TypeVar("_Kind", bound="Tokenizer")  # beartype knows `Self` only where whole classes are checked
 
 
 class Tokenizer:
@@ -67,7 +70,7 @@ class Tokenizer:
         self._require_lossless()
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[_Kind], path: str | Path) -> _Kind:
         """Read a `tokenizer.json` or a SentencePiece `.model`, or the folder of one.
 
         The roles of special tokens are those in `tokenizer_config.json` beside it; a `.model` knows its own.

@@ -73,21 +73,26 @@ def run(config: CLIPConfig, train: TrainConfig, sizes=None, scale: float = 1.0):
         return jax.jit(function, in_shardings=places)(*args)
 
 
+def of_logits(logits, bias=None):
+    """The loss, softmax without a bias and sigmoid with one, and the accuracy."""
+    right = (logits.argmax(axis=1) == jnp.arange(ROWS)).mean()
+    if bias is not None:
+        return -jax.nn.log_sigmoid((2 * jnp.eye(ROWS) - 1) * (logits + bias)).sum() / ROWS, right
+    sides = [jax.nn.log_softmax(side, 1) for side in (logits, logits.T)]
+    return -(jnp.trace(sides[0]) + jnp.trace(sides[1])) / (2 * ROWS), right
+
+
 @functools.cache
 def plain(config: CLIPConfig, kind: str):
-    """By the formula over the whole batch at once, with JAX's derivative."""
+    """(loss, accuracy), gradient: by the formula over the whole batch at once, with JAX's derivative."""
 
     def loss(values):
         model, (images, tokens, ends) = blueprint(config).bind(values), batch()
         image, text = model.encode_image(pixels(images, config.image)), model.encode_text(tokens, ends)
         logits = jnp.exp(model.logit_scale[...]) * image @ text.T
-        if kind == "sigmoid":
-            signs = 2 * jnp.eye(ROWS) - 1
-            return -jax.nn.log_sigmoid(signs * (logits + model.logit_bias[...])).sum() / ROWS
-        sides = [jax.nn.log_softmax(side, 1) for side in (logits, logits.T)]
-        return -(jnp.trace(sides[0]) + jnp.trace(sides[1])) / (2 * ROWS)
+        return of_logits(logits, model.logit_bias[...] if kind == "sigmoid" else None)
 
-    return jax.jit(jax.value_and_grad(loss))(params(config))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params(config))
 
 
 def flat(tree) -> np.ndarray:
@@ -101,8 +106,9 @@ def distance(tree, expected) -> float:
 
 
 def assert_same(got, expected, tolerance=1e-5):
-    (grads, metrics), (loss, theirs) = got, expected
+    (grads, metrics), ((loss, accuracy), theirs) = got, expected
     assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
     assert distance(grads, theirs) < tolerance
     for mine, their in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
         assert np.linalg.norm(mine - their) < 1e-4 * np.linalg.norm(their) + 1e-6  # of keys, a bias has none
@@ -125,7 +131,6 @@ def test_one_device_and_many(negatives, sizes):
     got = run(MODEL, options(negatives=negatives, chunk=4), sizes)
     assert_same(got, plain(MODEL, "softmax"))
     assert_allclose(got[1]["logit_scale"], 1 / 0.07, rtol=1e-5)
-    assert 0 <= got[1]["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -171,10 +176,9 @@ def test_accumulation_drops_the_same_patches_twice():
         order = np.concatenate([np.arange(ROWS)[i::4] for i in range(4)])
         text = bound.encode_text(batch().tokens[order], batch().ends[order])
         logits = jnp.exp(bound.logit_scale[...]) * image @ text.T
-        sides = [jax.nn.log_softmax(side, 1) for side in (logits, logits.T)]
-        return -(jnp.trace(sides[0]) + jnp.trace(sides[1])) / (2 * ROWS)
+        return of_logits(logits)
 
-    assert_same((got, metrics), jax.jit(jax.value_and_grad(loss))(params(DROPPING)))
+    assert_same((got, metrics), jax.jit(jax.value_and_grad(loss, has_aux=True))(params(DROPPING)))
     assert distance(got, plain(MODEL, "softmax")[1]) > 0.1  # patches were dropped
 
 

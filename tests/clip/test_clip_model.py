@@ -21,7 +21,6 @@ from core.config import load, parse, to_dict
 from core.errors import UserError
 from core.mesh import make_mesh, shardings, spec
 from core.options import MeshConfig
-from llm.model.config import BlockShape
 from llm.model.transformer import Compute
 
 IMAGE = ImageConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, size=12, patch_size=4)
@@ -249,11 +248,6 @@ def test_what_is_decayed(config):
         stacked = "blocks" in name
         vector = "'bias'" in name or "'scale'" in name or len(shape.shape) - stacked < 2
         assert decayed == (not vector), name
-
-
-def test_the_towers_are_shapes_of_blocks():
-    assert isinstance(IMAGE, BlockShape) and isinstance(TEXT, BlockShape)
-    assert not IMAGE.causal and TEXT.causal
 
 
 def test_pixels_are_normalized():

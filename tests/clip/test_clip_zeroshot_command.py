@@ -13,18 +13,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clip.data.scenes
 from clip import zeroshot
 from clip.config import Experiment
+from clip.data.captions import encode_captions
+from clip.data.images import center_crop
 from clip.data.scenes import Scenes
-from clip.model.model import blueprint
+from clip.data.tokenizer import CaptionTokenizer
+from clip.model.model import blueprint, pixels
 from core.checkpoint import Checkpointer
-from core.config import parse, to_yaml
+from core.config import load, parse, to_yaml
 from core.errors import UserError
 from core.run import RunFolder
 from llm.tokenizer import save, train_bpe
 
 ROOT = Path(__file__).parents[2]
+SCENES = 320
 SHAPE = {"num_layers": 1, "num_heads": 2, "embed_dim": 8, "mlp_dim": 16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_scenes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip.data.scenes, "HELDOUT_SCENES", SCENES)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,7 @@ def test_held_out_pairs(run, capsys):
     assert summary["train_seconds"] == 1.5  # what training wrote is still there
     assert summary["zero_shot_accuracy"] == figures["zero_shot_accuracy"]
     assert (summary["zero_shot_classes"], summary["zero_shot_among_heldout_classes"]) == (80, 16)
-    assert summary["zero_shot_images"] == 1000
+    assert summary["zero_shot_images"] == SCENES // 2
     assert summary["zero_shot_chance"] == pytest.approx(1 / 80)
     assert summary["zero_shot_accuracy"] <= summary["zero_shot_among_heldout_accuracy"]
     assert all(Path(file).stat().st_size > 0 for file in figures["files"])
@@ -79,8 +91,29 @@ def test_held_out_pairs(run, capsys):
         header, *rows = csv.reader(file)
     matrix = np.array([row[1:] for row in rows], int)
     assert header[1:] == [row[0] for row in rows]
-    assert matrix.sum() == 1000
-    assert np.trace(matrix) == round(1000 * summary["zero_shot_accuracy"])
+    assert matrix.sum() == SCENES // 2
+    assert np.trace(matrix) == round(SCENES // 2 * summary["zero_shot_accuracy"])
+
+
+def by_hand(run: Path, folders: Path) -> list[list[str | int]]:
+    """Rows of the confusion matrix: images by the name that two templates of are nearest to them."""
+    model = blueprint(load(Experiment, run / "config.yaml").model)
+    bound = model.bind(model.init(jax.random.key(0)))  # as the run's checkpoint was made
+    tokenizer = CaptionTokenizer.load(run / "tokenizer")
+    classes = []
+    for name in ("hound", "cat"):
+        prompts = encode_captions(tokenizer, [f"a {name}", f"one {name}"], 12)
+        texts = np.asarray(bound.encode_text(*map(jax.numpy.asarray, prompts)))
+        classes.append(texts.sum(axis=0) / np.linalg.norm(texts.sum(axis=0)))
+    rows: list[list[str | int]] = []
+    for folder, name in (("dog", "hound"), ("house_cat", "cat")):
+        images = np.stack(
+            [center_crop(Image.open(path), 32) for path in sorted((folders / folder).iterdir())]
+        )
+        vectors = np.asarray(bound.encode_image(pixels(jax.numpy.asarray(images), bound.config.image)))
+        chosen = (vectors @ np.stack(classes).T).argmax(axis=1)
+        rows.append([name, *np.bincount(chosen, minlength=2).tolist()])
+    return rows
 
 
 def test_folders_of_classes(run, folders, tmp_path, capsys):
@@ -92,6 +125,8 @@ def test_folders_of_classes(run, folders, tmp_path, capsys):
     assert "zero-shot classification of 8 images" in printed
     assert "hound" in printed
     assert "62.5%" in printed  # the most frequent
+    table = list(csv.reader((tmp_path / "out/confusion.csv").open()))
+    assert table == [["class", "hound", "cat"], *([str(x) for x in row] for row in by_hand(run, folders))]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["zero_shot_images_on_pets"] == 8
     assert "heldout_loss_on_pets" not in summary

@@ -242,3 +242,22 @@ def test_ctrl_c_after_a_signal_interrupts_at_once(first):
         time.sleep(5)
     assert stop.signal == first.name
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_numbers_written_by_hand_are_the_same_numbers(tmp_path):
+    """`1e-4` is text to YAML 1.1, and a number to whoever edits the configuration of a run."""
+    RunFolder.create(tmp_path / "run", "optimizer:\n  learning_rate: 0.0001\n")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run/config.yaml").write_text("optimizer:\n  learning_rate: 1e-4\n")
+    RunFolder.create(tmp_path / "run", "optimizer:\n  learning_rate: 0.0001\n", resume=True)
+    with pytest.raises(UserError, match=r"'optimizer\.learning_rate' is 0\.0001 there and 0\.0002 now"):
+        RunFolder.create(tmp_path / "run", "optimizer:\n  learning_rate: 0.0002\n", resume=True)
+
+
+def test_where_data_is_kept_and_read_may_change(tmp_path):
+    """As neither changes a batch; what is read is another matter."""
+    RunFolder.create(tmp_path / "run", "data:\n  workers: 2\n  workers_of_others: 1\n")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    RunFolder.create(tmp_path / "run", "data:\n  workers: 8\n  workers_of_others: 1\n", resume=True)
+    with pytest.raises(UserError, match=r"'data\.workers_of_others' is 1 there and 2 now"):
+        RunFolder.create(tmp_path / "run", "data:\n  workers: 8\n  workers_of_others: 2\n", resume=True)

@@ -280,7 +280,7 @@ def test_init_from_starts_with_the_other_runs_weights(undisturbed, corpus, tmp_p
 
 def test_a_second_stage_goes_on_without_the_first(undisturbed, corpus, tmp_path, monkeypatch, caplog):
     first = shutil.copytree(undisturbed, tmp_path / "first")
-    caplog.set_level(logging.INFO, "llm.start")
+    caplog.set_level(logging.INFO, "core.start")
     second = experiment(
         corpus, tmp_path, init={"from": str(first)}, model={"rope_theta": 5e5}, train={"steps": 3}
     )

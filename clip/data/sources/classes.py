@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from clip.data.config import TEMPLATES, Source
 from clip.data.sources.folder import Folder, open_folder
-from clip.data.sources.source import Broken, Raw
+from clip.data.sources.source import Broken, Raw, of_class
 from core.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -30,7 +30,7 @@ class ClassFolders:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(sorted({self.class_name(index) for index in range(len(self))}))
+        return tuple(sorted({_class_name(name) for name in self.names}))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -38,13 +38,9 @@ class ClassFolders:
     def name(self, index: int) -> str:
         return self.names[index]
 
-    def class_name(self, index: int) -> str:
-        return self.names[index].split("/")[0].replace("_", " ")
-
     def read(self, index: int) -> Raw:
-        name = self.class_name(index)
-        captions = tuple(template.replace("{}", name) for template in self.templates)
-        return Raw(self.folder.read(self.names[index]), captions)
+        name = _class_name(self.names[index])
+        return Raw(self.folder.read(self.names[index]), of_class(name, self.templates), name)
 
 
 def open_classes(source: Source, key: str) -> ClassFolders:
@@ -62,3 +58,7 @@ def open_classes(source: Source, key: str) -> ClassFolders:
             "folder of its own"
         )
     return ClassFolders(source.classes, (), names, source.templates or TEMPLATES, folder)
+
+
+def _class_name(name: str) -> str:
+    return name.split("/")[0].replace("_", " ")

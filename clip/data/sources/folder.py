@@ -61,7 +61,7 @@ class DiskFolder:
             raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
-        digest = hashlib.blake2b(digest_size=8)
+        digest = hashlib.blake2b(str(self.path.resolve()).encode(), digest_size=8)
         for name in names:
             try:
                 status = os.stat(self.path / name)
@@ -81,12 +81,14 @@ class DiskFolder:
 class ZipFolder:
     """A folder inside a zip archive."""
 
-    def __init__(self, archive: Path, folder: str) -> None:
+    def __init__(self, archive: Path, folder: str, key: str) -> None:
         self._archive, self._folder = archive, f"{folder}/" if folder else ""
         try:
             self._zip = zipfile.ZipFile(archive)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{archive} can't be opened as a zip archive ({error})") from None
+        except Exception as error:  # a damaged directory has many ways to mislead
+            raise UserError(
+                f"{key}: {archive} can't be opened as a zip archive ({error}): fetch it again"
+            ) from None
         self._members = {
             info.filename.removeprefix(self._folder): info
             for info in self._zip.infolist()
@@ -108,8 +110,9 @@ class ZipFolder:
             raise BrokenImage(str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
-        status = os.stat(self._archive)
-        return f"{status.st_size} {status.st_mtime_ns}"
+        found = [(name, self._members.get(name)) for name in names]
+        content = [(name, info and (info.CRC, info.file_size)) for name, info in found]
+        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
     def inside(self, name: str) -> str | None:
         name = posixpath.normpath(name)
@@ -128,9 +131,12 @@ def open_folder(path: str, key: str) -> Folder:
     for archive in (full, *full.parents):
         if archive.is_file():
             if not zipfile.is_zipfile(archive):
-                raise UserError(f"{key}: {archive} is a file and no zip archive: name a folder, or a .zip")
+                raise UserError(
+                    f"{key}: {archive} is a file and no zip archive, or one that was cut off: name a folder "
+                    "or a .zip, or fetch it again"
+                )
             folder = full.relative_to(archive).as_posix()
-            opened = ZipFolder(archive, "" if folder == "." else folder)
+            opened = ZipFolder(archive, "" if folder == "." else folder, key)
             if not opened.names():
                 raise UserError(f"{key}: {archive} holds nothing under {folder!r}")
             return opened

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from clip.data.images import BrokenImage
-from core.errors import UserError
 
 
 class Raw(NamedTuple):
@@ -18,6 +15,7 @@ class Raw(NamedTuple):
 
     image: bytes | np.ndarray  # encoded, or [H W C] where a library has decoded it
     captions: tuple[str, ...]
+    class_name: str | None = None  # one of `Images.classes`
 
 
 class Broken(NamedTuple):
@@ -39,6 +37,14 @@ class Images(Protocol):
         """Rows that name no image, or no caption."""
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """What its images are, where each is of a class; else nothing."""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """What is said of a class, whose name is `{}`."""
+
+    @property
     def fingerprint(self) -> str:
         """Changes whenever the images or captions may have changed."""
 
@@ -47,13 +53,16 @@ class Images(Protocol):
     def name(self, index: int) -> str:
         """No other image of the source has it."""
 
-    def class_name(self, index: int) -> str | None: ...
-
     def read(self, index: int) -> Raw:
         """
         Raises:
             BrokenImage: for one that is missing or unreadable, or has no caption.
         """
+
+
+def of_class(name: str, templates: Sequence[str]) -> tuple[str, ...]:
+    """What the templates say of a class."""
+    return tuple(template.replace("{}", name) for template in templates)
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
@@ -91,17 +100,3 @@ def field(record: Any, path: Sequence[str]) -> Any:
             raise BrokenImage(f"it has no {'/'.join(path)!r}")
         record = record[part]
     return record
-
-
-def import_extra(module: str) -> ModuleType:
-    """Import a module that only some sources need.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"this source needs the package {error.name or module}: pip install -e '.[data]'"
-        ) from None

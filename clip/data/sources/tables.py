@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from clip.data.config import Source
 from clip.data.images import BrokenImage
@@ -25,6 +25,9 @@ from core.errors import UserError
 @dataclass(frozen=True)
 class Table:
     """The images that a table names, each once, with all its captions. `open_table` makes it."""
+
+    classes: ClassVar[tuple[str, ...]] = ()
+    templates: ClassVar[tuple[str, ...]] = ()
 
     label: str
     broken: tuple[Broken, ...]
@@ -42,9 +45,6 @@ class Table:
 
     def name(self, index: int) -> str:
         return self.rows[index][0]
-
-    def class_name(self, index: int) -> None:
-        return None
 
     def read(self, index: int) -> Raw:
         name, captions = self.rows[index]
@@ -74,7 +74,8 @@ def open_table(source: Source, key: str) -> Table:
             if isinstance(row, str):
                 raise BrokenImage(row)
             name = _inside(field(row, image.split("/")), folder)
-            found.setdefault(name, []).extend(captions_of(field(row, caption.split("/"))))
+            captions = captions_of(field(row, caption.split("/")))
+            found.setdefault(name, []).extend(captions)  # an image that no row describes is not there
         except BrokenImage as error:
             broken.append(Broken(place, str(error)))
     if not found:

@@ -52,6 +52,21 @@ class HuggingFaceSource:
         return None
 
 
+def place_of(name: str, revision: str | None, key: str) -> str:
+    """What `datasets` is to be given: a name on the hub, or the path of a folder.
+
+    Raises:
+        UserError: for a folder that isn't there, or one with a revision.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        if revision:
+            raise UserError(f"{key}: {path} is a folder, and has no 'revision': leave that out")
+    elif name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"{key}: the folder {name} does not exist")
+    return path
+
+
 def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
     """Ask for the data set's files and fields; no record is read.
 
@@ -60,13 +75,8 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
     """
     assert source.huggingface is not None
     datasets = import_extra("datasets")
-    path = os.path.expanduser(source.huggingface)
-    local = os.path.isdir(path)
+    path = place_of(source.huggingface, source.revision, key)
     split, field = source.split or "train", source.field or "text"
-    if local and source.revision:
-        raise UserError(f"{key}: {path} is a folder, and has no 'revision': leave that out")
-    if not local and source.huggingface.startswith(("/", "./", "../", "~")):
-        raise UserError(f"{key}: the folder {source.huggingface} does not exist")
     try:
         # What `load_dataset(..., streaming=True)` does, with the list of files in between.
         builder = datasets.load_dataset_builder(path, source.name, revision=source.revision)
@@ -88,7 +98,7 @@ def open_huggingface(source: Source, key: str) -> HuggingFaceSource:
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
     known = (builder.info.splits or {}).get(split)
     num_bytes = (known.num_bytes or None) if known else None  # a card may leave it out
-    name = os.path.basename(os.path.abspath(path)) if local else source.huggingface
+    name = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else source.huggingface
     return HuggingFaceSource(name, field, fingerprint, num_bytes, dataset)
 
 

@@ -49,6 +49,48 @@ class TFDSSource:
         return None
 
 
+def open_builder(name: str, folder: str | None, key: str) -> Any:
+    """The builder of a data set that is prepared in `folder`, or where TFDS does it by itself.
+
+    Raises:
+        UserError: for one that is unknown or not prepared.
+    """
+    tfds = import_extra("tensorflow_datasets")
+    folder = os.path.expanduser(folder or "~/tensorflow_datasets")
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except ValueError as error:
+        raise UserError(
+            f"{key}: no data set {name!r} is prepared in {folder}, nor does TFDS know how to prepare "
+            f"one ({str(error).splitlines()[0]}): name the folder it was prepared in as 'dir'"
+        ) from None
+    if not builder.info.splits:
+        raise UserError(f"{key}: {name!r} is not prepared in {folder}: {_prepare(name, folder)} does that")
+    return builder
+
+
+def open_records(builder: Any, name: str, split: str, key: str, decoders: Any = None) -> tuple[Any, Any]:
+    """The records of a split, by number, and what TFDS says of it.
+
+    Raises:
+        UserError: for a split that isn't there, or a format without random access.
+    """
+    try:
+        return builder.as_data_source(split, decoders=decoders), builder.info.splits[split]
+    except NotImplementedError:
+        folder = os.fspath(builder.data_dir_root)
+        raise UserError(
+            f"{key}: {name!r} is prepared in {folder} in a format that has no random access: prepare "
+            f"it in another folder with {_prepare(name, folder)}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{key}: {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _prepare(name: str, folder: str) -> str:
+    return f"tfds.builder({name!r}, data_dir={folder!r}, file_format='array_record').download_and_prepare()"
+
+
 def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
     """Find the prepared files of a data set.
 
@@ -56,21 +98,8 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
         UserError: for one that is unknown or not prepared, or has no such split or field.
     """
     assert source.tfds is not None
-    tfds = import_extra("tensorflow_datasets")
     split, field = source.split or "train", source.field or "text"
-    folder = os.path.expanduser(source.dir or "~/tensorflow_datasets")
-    prepare = f"tfds.builder({source.tfds!r}, data_dir={folder!r}, file_format='array_record')"
-    try:
-        builder = tfds.builder(source.tfds, data_dir=folder)
-    except ValueError as error:
-        raise UserError(
-            f"{key}: no data set {source.tfds!r} is prepared in {folder}, nor does TFDS know how to prepare "
-            f"one ({str(error).splitlines()[0]}): name the folder it was prepared in as 'dir'"
-        ) from None
-    if not builder.info.splits:
-        raise UserError(
-            f"{key}: {source.tfds!r} is not prepared in {folder}: {prepare}.download_and_prepare() does that"
-        )
+    builder = open_builder(source.tfds, source.dir, key)
     if re.search(r"[\[+%]", split):  # records would have other names, and so belong to another split of ours
         raise UserError(
             f"{key}: the split {split!r} is a part or a sum of others: name one, hold out by "
@@ -79,16 +108,7 @@ def open_tfds(source: Source, key: str, shard_bytes: int) -> TFDSSource:
     if field not in builder.info.features:
         there = ", ".join(builder.info.features)
         raise UserError(f"{key}: {source.tfds!r} has no field {field!r}; there are: {there}")
-    try:
-        info = builder.info.splits[split]
-        records = builder.as_data_source(split)
-    except NotImplementedError:
-        raise UserError(
-            f"{key}: {source.tfds!r} is prepared in {folder} in a format that has no random access: prepare "
-            f"it in another folder with {prepare}.download_and_prepare()"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{key}: {source.tfds!r}: {str(error).splitlines()[0]}") from None
+    records, info = open_records(builder, source.tfds, split, key)
     files = [(str(path), stamp(os.stat(path))) for path in info.filepaths]
     identity = (builder.info.full_name, split, field, len(records), files)
     fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
