@@ -35,6 +35,7 @@ JOIN_SECONDS = 300  # for all to come: nodes start apart
 SHUTDOWN_SECONDS = 30
 _TURN_MILLISECONDS = 24 * 3600 * 1000  # for what one process does while the others wait, such as tokenizing
 _LEAVE_MILLISECONDS = 5000
+_LAST_SECONDS = 2  # JAX aborts a process that finds the first one gone before it has left itself
 
 _turns = itertools.count()
 _leaving = threading.Lock()  # held by the thread that ends this process
@@ -275,6 +276,8 @@ def _leave_together(code: int) -> NoReturn:
         time.sleep(_LEAVE_MILLISECONDS)  # another thread is at it
     with contextlib.suppress(Exception):
         _client().wait_at_barrier("t2t/leave", _LEAVE_MILLISECONDS)
+    if is_first():
+        time.sleep(_LAST_SECONDS)
     _leave(code)
 
 

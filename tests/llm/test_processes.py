@@ -206,3 +206,29 @@ def test_a_user_error_ends_all_with_one_message(place):
     assert codes == [2, 2], said
     assert sum(text.count("already holds a run: go on with it (--resume)") for text in said) == 1
     assert "Traceback" not in "".join(said)
+
+
+SLOW_TO_LEAVE = """
+    import sys, time
+    from core import distributed
+    from core.errors import UserError, run_command
+
+    def refuse():
+        raise UserError("no")
+
+    def main(_):
+        distributed.join()
+        leave = distributed._leave
+        if not distributed.is_first():
+            distributed._leave = lambda code: (time.sleep(0.7), leave(code))
+        distributed.on_first(refuse)
+
+    run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_process_leaves_last(tmp_path):
+    """It holds the service without which JAX aborts the others before they can end in their own way."""
+    codes, said = end_job(start_job(["-c", textwrap.dedent(SLOW_TO_LEAVE)], tmp_path))
+    assert codes == [2, 2], said
