@@ -41,7 +41,7 @@ test-serve: $(VENV)/.dev $(VLLM)/.done
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy core llm clip export launch
+	$(VENV)/bin/mypy core rl llm clip export launch
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.dev

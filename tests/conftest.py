@@ -22,7 +22,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()
 del os.environ["XLA_FLAGS"]
 
-jaxtyping.install_import_hook(["core", "llm", "clip", "export", "launch"], "beartype.beartype")
+jaxtyping.install_import_hook(["core", "rl", "llm", "clip", "export", "launch"], "beartype.beartype")
 
 
 def pytest_configure(config):

@@ -1,0 +1,1 @@
+"""Reinforcement learning on vectorized environments. `returns` and `losses` know nothing of environments."""

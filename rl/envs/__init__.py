@@ -1,0 +1,1 @@
+"""Environments: all of gymnax's behind one wrapper, and our own."""

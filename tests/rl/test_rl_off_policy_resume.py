@@ -1,0 +1,67 @@
+"""A run of DQN or DDPG that goes on from a checkpoint, replay with it, is the run that never stopped."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+import rl.loop
+from core.checkpoint import Checkpointer
+from core.metrics import read_metrics
+from core.run import RunFolder
+from rl.train import main as train
+
+COMMON = {"environments": 4, "train_every": 16, "gradient_steps": 2, "learning_starts": 32, "hidden": [8]}
+SMALL = COMMON | {"replay_size": 100, "batch_size": 8}  # the ring has wrapped around where the run is cut
+CASES = {
+    "dqn": ("CartPole-v1", SMALL | {"target_every": 32, "prioritized": {}, "epsilon_hold": 2.0}),
+    "ddpg": ("Pendulum-v1", SMALL | {"noise": "ornstein_uhlenbeck"}),
+}
+
+
+@pytest.mark.parametrize("name", ["dqn", pytest.param("ddpg", marks=pytest.mark.slow)])
+def test_stopped_and_resumed_is_the_same_bit_for_bit(name, tmp_path, monkeypatch):
+    real = rl.loop.make_mesh
+    monkeypatch.setattr(rl.loop, "make_mesh", lambda options: real(options, jax.devices()[:1]))
+    env, section = CASES[name]
+    data = {
+        "run": {"name": "whole", "dir": str(tmp_path)},
+        "env": {"name": env},
+        "train": {"steps": 256, "seeds": 2},
+        "eval": {"episodes": 2},
+        "checkpoint": {"every": 128, "keep": 2},
+        name: section,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.dump(data))
+    train(["--config", str(config)])
+    whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    shutil.copytree(whole.path, cut.path)
+    shutil.rmtree(cut.checkpoints / "256")
+    cut.summary.unlink()
+    assert Checkpointer(cut.checkpoints).steps() == [128]
+    train(["--config", str(config), "--set", "run.name=cut", "--resume"])
+    for ours, theirs in zip(read_metrics(cut.metrics), read_metrics(whole.metrics), strict=True):
+        del ours["steps_per_second"], theirs["steps_per_second"]
+        assert ours == theirs
+    for item in ("params", "opt"):
+        ours, theirs = (_arrays(run, item) for run in (cut, whole))
+        assert ours.keys() == theirs.keys() and ours
+        for key, value in ours.items():
+            np.testing.assert_array_equal(value, theirs[key])
+
+
+def _arrays(run: RunFolder, item: str) -> dict[str, np.ndarray]:
+    """All arrays of a run's last checkpoint, by name."""
+    tree = ocp.PyTreeCheckpointHandler().restore(run.checkpoints / "256" / item)
+    return {jax.tree_util.keystr(path): _plain(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _plain(leaf) -> np.ndarray:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
