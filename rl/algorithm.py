@@ -19,7 +19,8 @@ class Algorithm(NamedTuple):
     """Functions to be jitted, vmapped over seeds (each leaf of the state then has a leading axis), sharded.
 
     `update` does `steps_per_update` environment steps. Its metrics are scalars by name. Of episodes that
-    ended in it they tell `episodes`, `returns` and `lengths`, a count and two sums; the rest are means.
+    ended in it they tell `episodes`, `returns` and `lengths`, a count and two sums; the rest are means, or
+    NaN where this update has no such figure.
     """
 
     init: Callable[[jax.Array], State]  # random key -> state

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config import config
 from core.options import MeshConfig, RunConfig
-from rl.options import DDPGConfig, DQNConfig, QLearningConfig
+from rl.options import DDPGConfig, DQNConfig, QLearningConfig, Sizes
 
 ALGORITHMS = ("ppo", "dqn", "ddpg", "q_learning")
 
@@ -37,16 +37,14 @@ class PPOConfig:
     rollout: int = Field(ge=1)
     epochs: int = Field(4, ge=1)
     minibatches: int = Field(4, ge=1)
-    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    anneal: bool = True  # the learning rate, linearly to zero
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)  # at first, and linearly to zero
     gamma: float = Field(0.99, ge=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     clip: float = Field(0.2, gt=0, allow_inf_nan=False)
-    value_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     value_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     entropy_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     clip_norm: float = Field(0.5, gt=0, allow_inf_nan=False)
-    hidden: tuple[int, ...] = Field((64, 64), min_length=1)
+    hidden: Sizes = (64, 64)
     activation: Literal["tanh", "relu"] = "tanh"
 
     @property
@@ -61,6 +59,11 @@ class PPOConfig:
                 f"environments x rollout ({self.environments} x {self.rollout} = {self.steps_per_update}) "
                 f"is not a multiple of minibatches ({self.minibatches})"
             )
+        if self.steps_per_update == self.minibatches:
+            raise ValueError(
+                f"minibatches ({self.minibatches}) leaves one step in each, whose advantage is normalized to "
+                f"nothing: choose fewer"
+            )
         return self
 
 
@@ -68,7 +71,7 @@ class PPOConfig:
 class TrainConfig:
     """How long, and how often: `seeds` runs at once, of `seed`, `seed` + 1, and so on."""
 
-    steps: int = Field(ge=1)  # environment steps of each seed
+    steps: int = Field(ge=1, lt=2**31)  # environment steps of each seed
     seeds: int = Field(1, ge=1)
 
 
@@ -139,6 +142,14 @@ class Experiment:
                     f"{key} ({steps}) is not a multiple of the {each} environment steps of an update "
                     f"({self.algorithm}): for example {' or '.join(map(str, near))}"
                 )
+        options = self.dqn or self.ddpg
+        if options is not None:
+            intervals["learning_starts"] = options.learning_starts
+        if self.dqn is not None:
+            intervals["target_every"] = self.dqn.target_every
+        for key, steps in intervals.items():
+            if steps > self.train.steps:
+                raise ValueError(f"{key} ({steps}) is never reached in train.steps ({self.train.steps})")
         for axis in ("fsdp", "tensor", "context", "expert"):
             size = getattr(self.mesh, axis)
             if size != 1:

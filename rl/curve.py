@@ -31,7 +31,7 @@ def live(name: str, total: int, done: int, title: str) -> Iterator[Show]:
     columns = ("{task.description}", BarColumn(), "{task.fields[status]}", TimeRemainingColumn())
     bar = Progress(*columns, console=console)
     task = bar.add_task(name, total=total, completed=done, status="")
-    with Live(bar, console=console, refresh_per_second=8) as screen:
+    with Live(bar, console=console, refresh_per_second=8, transient=True) as screen:  # a report draws it too
 
         def show(done: int, points: Sequence[tuple[int, float]], status: str) -> None:
             bar.update(task, completed=done, status=f"{done:,}/{total:,}  {status}")

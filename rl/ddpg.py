@@ -26,6 +26,7 @@ from rl.stepping import Stream
 from rl.value_networks import Actor, Critic
 
 THETA, STEP = 0.15, 0.01  # of the Ornstein-Uhlenbeck process
+SETTLED = (THETA * (2 - THETA * STEP)) ** -0.5  # its deviation, once settled, over that of its diffusion
 
 
 class Agent(NamedTuple):
@@ -98,7 +99,10 @@ def make(config: Experiment, env: Env) -> Algorithm:
         action = policy(agent.actor, agent.moments, observation)
         if greedy:
             return action
-        return jnp.clip(action + options.noise_scale * jax.random.normal(key, action.shape), -1.0, 1.0)
+        scale = options.noise_scale  # the process's steps are drawn alone here, each as when it has settled
+        if options.noise == "ornstein_uhlenbeck":
+            scale *= SETTLED
+        return jnp.clip(action + scale * jax.random.normal(key, action.shape), -1.0, 1.0)
 
     def explore(
         agent: Agent, observation: jax.Array, noise: Float[Array, "B A"], alone: jax.Array, key: PRNGKeyArray
@@ -121,7 +125,8 @@ def make(config: Experiment, env: Env) -> Algorithm:
             stream, noise = carry
             act_key, env_key = jax.random.split(key)
             action, noise = explore(agent, stream.observation, noise, alone, act_key)
-            stream, seen, done, info = stepping.advance(env, stream, env_key, action)
+            stream, seen, truncated, info = stepping.advance(env, stream, env_key, action)
+            done = seen.terminated | truncated
             noise = jnp.where(done[:, None], 0.0, noise)  # each episode has a process of its own
             return (stream, noise), (seen, episode_metrics(done, info))
 
@@ -145,7 +150,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         """`gradient_steps` steps, and the means of their figures."""
 
         def step(learned: Learned, key: PRNGKeyArray) -> tuple[Learned, dict[str, jax.Array]]:
-            items = replay.sample(Replay(ring, None, None), key, options.batch_size).items
+            items = stepping.divide(replay.sample(Replay(ring, None, None), key, options.batch_size).items)
             (loss, mean), gradients = jax.value_and_grad(critic_loss, has_aux=True)(
                 learned.critic, learned, moments, items
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from rl.config import Experiment
 from rl.envs import normalize
 from rl.envs.normalize import Moments
 from rl.envs.wrapper import Discrete, Env
+from rl.options import DQNConfig
 from rl.replay import Replay, Transition
 from rl.stepping import Stream
 from rl.value_networks import QNetwork
@@ -63,7 +65,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
     network = Blueprint.of(
         lambda rngs: QNetwork(env.observation_shape, actions, options.hidden, options.dueling, rngs)
     )
-    gradient_steps = config.updates * options.gradient_steps
+    gradient_steps = learning_updates(config.updates, options) * options.gradient_steps
     rate: Any = options.learning_rate
     if options.anneal:
         rate = optax.linear_schedule(rate, 0.0, gradient_steps)
@@ -111,19 +113,16 @@ def make(config: Experiment, env: Env) -> Algorithm:
         held = jnp.where(hold, held, jnp.where(begin, anything, -1))
         return jnp.where(held >= 0, held, best), held
 
-    def epsilon_at(steps: jax.Array) -> Float[Array, ""]:
-        return stepping.linear(
-            steps, 1.0, options.epsilon_final, options.epsilon_fraction * config.train.steps
-        )
-
     def collect(agent: Agent, training: Training, key: PRNGKeyArray):
         """`train_every` steps with one policy: the state after them, transitions [T, B], figures."""
 
         def step(training: Training, key: PRNGKeyArray):
             act_key, env_key = jax.random.split(key)
             shown = training.stream.observation
-            chosen, held = explore(agent, shown, training.held, epsilon_at(training.steps), act_key)
-            stream, seen, done, info = stepping.advance(env, training.stream, env_key, chosen)
+            epsilon = stepping.epsilon(config, training.steps)
+            chosen, held = explore(agent, shown, training.held, epsilon, act_key)
+            stream, seen, truncated, info = stepping.advance(env, training.stream, env_key, chosen)
+            done = seen.terminated | truncated
             steps = training.steps + options.environments
             training = training._replace(stream=stream, held=jnp.where(done, -1, held), steps=steps)
             return training, (seen, episode_metrics(done, info))
@@ -140,9 +139,8 @@ def make(config: Experiment, env: Env) -> Algorithm:
         chooser = values(params, moments, items.next_observation) if options.double else following
         best = jnp.take_along_axis(following, chooser.argmax(-1)[:, None], -1)[:, 0]
         wanted = items.reward + options.gamma * ~items.terminated * best
-        taken = jnp.take_along_axis(values(params, moments, items.observation), items.action[:, None], -1)[
-            :, 0
-        ]
+        value = values(params, moments, items.observation)
+        taken = jnp.take_along_axis(value, items.action[:, None], -1)[:, 0]
         errors = taken - jax.lax.stop_gradient(wanted)
         return (weights * optax.huber_loss(errors)).mean(), (errors, taken.mean())
 
@@ -159,7 +157,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
                 beta = stepping.linear(steps, options.prioritized.beta, 1.0, config.train.steps)
             batch = replay.sample(held, key, options.batch_size, beta)
             (loss, (errors, value)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-                params, target, moments, batch.items, batch.weights
+                params, target, moments, stepping.divide(batch.items), batch.weights
             )
             changes, state = optimizer.update(gradients, state, params)
             if options.prioritized is not None and batch.indices is not None:
@@ -188,7 +186,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         renew = steps % options.target_every == 0
         target = jax.tree.map(lambda new, old: jnp.where(renew, new, old), learned.params, training.target)
         held = Replay(held.ring, learned.tree, learned.highest)
-        metrics |= figures | {"epsilon": epsilon_at(steps)}
+        metrics |= figures | {"epsilon": stepping.epsilon(config, steps)}
         training = training._replace(target=target, optimizer=learned.optimizer, replay=held, key=key)
         return State(Agent(learned.params, moments), training), metrics
 
@@ -196,6 +194,12 @@ def make(config: Experiment, env: Env) -> Algorithm:
         return values(agent.params, agent.moments, observation).max(-1)
 
     return Algorithm(init, update, act, value)
+
+
+def learning_updates(updates: int, options: DQNConfig) -> int:
+    """How many of a run's updates learn."""
+    before = max(1, math.ceil(options.learning_starts / options.train_every)) - 1
+    return updates - before
 
 
 def nothing_held(environments: int) -> Int[Array, " B"]:

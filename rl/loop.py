@@ -38,7 +38,9 @@ class Programs(NamedTuple):
     """What is compiled once for a run. Every leaf of a state has the leading axis [seeds]."""
 
     init: Callable[[jax.Array], State]  # seeds -> state
-    advance: Any  # jitted: state, number of updates -> state, means over the updates [seeds]
+    # Jitted: state, number of updates -> state, means over the updates that have a figure [seeds], and
+    # whether all that acting needs is finite [seeds].
+    advance: Any
     # Agents, seeds, step -> returns and lengths [seeds, episodes].
     evaluate: Callable[[Any, jax.Array, int], tuple[jax.Array, jax.Array]]
     place: NamedSharding  # of every leaf
@@ -83,17 +85,20 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
             )
         place, inner = NamedSharding(mesh, PartitionSpec()), mesh
 
-    def advance(state: State, count: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        like = jax.eval_shape(algorithm.update, state)[1]
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    def advance(state: State, count: jax.Array) -> tuple[State, dict[str, jax.Array], jax.Array]:
+        names = jax.eval_shape(algorithm.update, state)[1]
 
         def update(_, carry):
-            state, total = carry
+            state, total, there = carry
             state, metrics = algorithm.update(state)
-            return state, jax.tree.map(jnp.add, total, metrics)
+            known = jax.tree.map(lambda x: ~jnp.isnan(x), metrics)
+            total = jax.tree.map(lambda t, x, k: t + jnp.where(k, x, 0.0), total, metrics, known)
+            return state, total, jax.tree.map(jnp.add, there, known)
 
-        state, total = jax.lax.fori_loop(0, count, update, (state, nothing))
-        return state, jax.tree.map(lambda x: x / count, total)
+        nothing = {name: jnp.float32(0) for name in names}
+        state, total, there = jax.lax.fori_loop(0, count, update, (state, nothing, nothing))
+        finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state.agent)]).all()
+        return state, jax.tree.map(jnp.divide, total, there), finite
 
     def assess(agent: Any, seed: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _EVALUATION), step)
@@ -145,8 +150,9 @@ def _run_updates(
         while done < total:
             until = min(total, *(done + step - done % step for step in intervals))
             started = time.perf_counter()
-            state, metrics = advance(state, (until - done) // each)
+            state, metrics, finite = advance(state, (until - done) // each)
             values = _values(experiment, metrics)  # waits for the device
+            _refuse_diverged(experiment, until, np.asarray(finite))
             seconds = time.perf_counter() - started
             values["steps_per_second"] = (until - done) * experiment.train.seeds / seconds
             done = until
@@ -156,10 +162,10 @@ def _run_updates(
             writer.write(done, values)  # before the checkpoint that stands for having done this
             points.append((done, values.get("episode_return", math.nan)))
             show(done, points, _status(values))
-            every = experiment.checkpoint.every
-            if done == total or stop.signal or (every and done % every == 0):
+            every, stopping = experiment.checkpoint.every, stop.signal
+            if done == total or stopping or (every and done % every == 0):
                 checkpointer.save(done, *state, {"config": to_dict(experiment)})
-            if stop.signal:
+            if stopping:
                 break
     return state, done
 
@@ -173,15 +179,25 @@ def advance_under(programs: Programs, state: State) -> Any:
     return compiled
 
 
+def _refuse_diverged(experiment: Experiment, step: int, finite: np.ndarray) -> None:
+    if not finite.all():
+        seeds = ", ".join(str(experiment.seed + i) for i in np.flatnonzero(~finite))
+        raise UserError(
+            f"the agent of seed {seeds} is no longer made of finite numbers at step {step}: lower the "
+            f"learning rate of {experiment.algorithm} and train in a new folder"
+        )
+
+
 def _values(experiment: Experiment, metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Means over seeds, and each seed's mean return of the episodes that ended; where none did, no figure."""
+    """Means over seeds of the figures there are, and each seed's mean return of the episodes that ended."""
     means = {name: np.asarray(value, float) for name, value in metrics.items()}
     episodes, returns, lengths = (means.pop(name) for name in ("episodes", "returns", "lengths"))
-    values = {name: float(value.mean()) for name, value in means.items()}
-    if episodes.sum():
-        values["episode_return"] = float(returns.sum() / episodes.sum())
-        values["episode_length"] = float(lengths.sum() / episodes.sum())
-    for i in np.flatnonzero(episodes):
+    values = {name: float(value.mean()) for name, value in means.items() if not np.isnan(value).any()}
+    ended = np.flatnonzero(episodes)
+    if len(ended):
+        values["episode_return"] = float((returns[ended] / episodes[ended]).mean())
+        values["episode_length"] = float((lengths[ended] / episodes[ended]).mean())
+    for i in ended:
         values[f"episode_return_seed_{experiment.seed + i}"] = float(returns[i] / episodes[i])
     return values
 

@@ -93,8 +93,9 @@ def gaussian_entropy(log_std: Float[Array, "*shape n"]) -> Float[Array, "*shape"
 def kl_k1(log_probs: Float[Array, "*shape"], reference: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """log p/q of what was sampled from p: an estimate of KL(p || q) without bias, of high variance.
 
-    The three estimators are Schulman's (joschu.net/blog/kl-approx.html). As a *loss* none of them has the
-    gradient of the KL divergence if the gradient is taken through the estimate alone, without the sampling.
+    The three estimators are Schulman's (joschu.net/blog/kl-approx.html). As a *loss*, whose gradient passes
+    through the estimate and not through the sampling, they are others: the gradient of k1 is zero on average,
+    that of k2 is KL(p || q)'s, that of k3 is KL(q || p)'s.
 
     Args:
         log_probs: log p(x) of x sampled from p.

@@ -73,33 +73,28 @@ def main(argv: list[str]) -> None:
         "--out", type=Path, metavar="FILE", help="default: plots/maps.png in the run's folder"
     )
     args = parser.parse_args(argv)
+    if args.out and args.out.suffix != ".png":
+        raise UserError(f"--out {args.out}: the name of a PNG ends in .png")
     log.setup("rl")
     devices.prepare()
-    from rl.start import load_trained  # only now, so that --help answers at once
+    from rl.start import agent_of, load_trained  # only now, so that --help answers at once
 
     trained = load_trained(args.run)
-    first, count = trained.experiment.seed, trained.experiment.train.seeds
-    seed = first if args.seed is None else args.seed
-    if not first <= seed < first + count:
-        raise UserError(f"--seed {seed}: {args.run} holds the agents of seeds {first} to {first + count - 1}")
     path = args.out or args.run / "plots" / "maps.png"
-    draw(trained, seed - first, path)
+    draw(trained, agent_of(trained, args.seed), path)
     print(path)
 
 
-def draw(trained: Trained, index: int, path: Path) -> None:
-    """Draw the maps of agent number `index` as a PNG at `path`.
+def draw(trained: Trained, agent: Any, path: Path) -> None:
+    """Draw the maps of one of its agents as a PNG at `path`.
 
     Raises:
         UserError: for an environment whose states are no plane.
     """
-    import jax
-
     from core.plots import new_figure, save
     from rl.envs.grid import Grid
 
     world = trained.env.inner
-    agent = jax.tree.map(lambda leaf: leaf[index], trained.agents)
     if isinstance(world, Grid):
         figure = new_figure(0.6 * world.width + 1.5, 0.6 * world.height + 0.6)
         _draw_grid(figure.subplots(), world, *_ask(trained, agent, np.arange(world.num_cells)))

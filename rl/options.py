@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from core.config import config
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]  # of hidden layers
 
 
 @config
@@ -54,7 +56,7 @@ class DQNConfig:
     gradient_steps: int = Field(ge=1)
     target_every: int = Field(ge=1)
     learning_starts: int = Field(1000, ge=0)
-    replay_size: int = Field(100_000, ge=1)
+    replay_size: int = Field(100_000, ge=1, le=100_000_000)
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     anneal: bool = False  # the learning rate, linearly to zero
@@ -65,7 +67,7 @@ class DQNConfig:
     # single steps lead nowhere (Dabney et al. 2020, arXiv:2006.01782, whose durations have heavier tails).
     epsilon_hold: float = Field(1.0, ge=1, allow_inf_nan=False)
     clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
-    hidden: tuple[int, ...] = Field((128, 128), min_length=1)
+    hidden: Sizes = (128, 128)
     double: bool = True
     dueling: bool = False
     prioritized: PrioritizedConfig | None = None
@@ -99,7 +101,7 @@ class DDPGConfig:
     train_every: int = Field(ge=1)
     gradient_steps: int = Field(ge=1)
     learning_starts: int = Field(1000, ge=0)
-    replay_size: int = Field(100_000, ge=1)
+    replay_size: int = Field(100_000, ge=1, le=100_000_000)
     batch_size: int = Field(128, ge=1)
     actor_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     critic_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
@@ -107,7 +109,7 @@ class DDPGConfig:
     gamma: float = Field(0.99, ge=0, le=1)
     noise: Literal["gaussian", "ornstein_uhlenbeck"] = "gaussian"
     noise_scale: float = Field(0.1, ge=0, allow_inf_nan=False)
-    hidden: tuple[int, ...] = Field((128, 128), min_length=1)
+    hidden: Sizes = (128, 128)
 
     @property
     def steps_per_update(self) -> int:

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 
 from core.errors import UserError
 from core.plots import BLUE, COLORS, GRID, INK, RED
+from rl.envs.grid import GRIDS, Grid
+from rl.envs.wrapper import Env
 
 _WIDTH, _HEIGHT = 360, 240
 _SCALE = 2  # drawn larger and reduced, which smooths the edges
@@ -105,10 +107,17 @@ def breakout(state: Any) -> Image.Image:
     cells[int(state.last_y), int(state.last_x)] = 3
     cells[int(state.ball_y), int(state.ball_x)] = 2
     cells[9, int(state.pos)] = 1
-    return grid(cells, ("#ffffff", BLUE, RED, "#f3c9cf", COLORS[4]))
+    return squares(cells, ("#ffffff", BLUE, RED, "#f3c9cf", COLORS[4]))
 
 
-def grid(cells: np.ndarray, colors: Sequence[str]) -> Image.Image:
+def grid_world(world: Grid, state: Any) -> Image.Image:
+    """The walker in blue, goals green, cliffs red, walls dark."""
+    cells = np.select([world.walls, world.goals, world.cliffs], [1, 2, 3], 0)
+    cells[int(state.cell)] = 4
+    return squares(cells.reshape(world.layout.shape), ("#ffffff", INK, COLORS[2], RED, BLUE))
+
+
+def squares(cells: np.ndarray, colors: Sequence[str]) -> Image.Image:
     """Cells [rows, columns] of indices of colours, as squares."""
     size = _HEIGHT // max(cells.shape)
     palette = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors], np.uint8)
@@ -127,15 +136,20 @@ PICTURES: dict[str, Callable[[Any], Image.Image]] = {
 }
 
 
-def draw(name: str, state: Any) -> Image.Image:
+def refuse_unseen(env: Env) -> None:
+    """Raises UserError if that environment has no picture."""
+    if not isinstance(env.inner, Grid) and env.name not in PICTURES:
+        raise UserError(f"{env.name} has no picture; those that have one: {', '.join([*PICTURES, *GRIDS])}")
+
+
+def draw(env: Env, state: Any) -> Image.Image:
     """The picture of an environment's own state.
 
     Raises:
         UserError: if that environment has no picture.
     """
-    if name not in PICTURES:
-        raise UserError(f"{name} has no picture; those that have one: {', '.join(PICTURES)}")
-    return PICTURES[name](state)
+    refuse_unseen(env)
+    return grid_world(env.inner, state) if isinstance(env.inner, Grid) else PICTURES[env.name](state)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:

@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.episodes < 1:
         raise UserError(f"--episodes {args.episodes}: at least 1")
+    if not 0 <= args.key < 2**31:
+        raise UserError(f"--key {args.key}: a number from 0 to 2**31 - 1")
+    if args.out and args.out.suffix != ".gif":
+        raise UserError(f"--out {args.out}: the name of a GIF ends in .gif")
     log.setup("rl")
     devices.prepare()
     from rl.playing import play  # only now, so that --help answers at once

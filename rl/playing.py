@@ -10,11 +10,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from core.errors import UserError
 from rl.envs import tokens
 from rl.envs.wrapper import EnvState
-from rl.pictures import draw, save_gif
-from rl.start import Trained, load_trained
+from rl.pictures import draw, refuse_unseen, save_gif
+from rl.start import Trained, agent_of, load_trained
 
 _log = logging.getLogger(__name__)
 
@@ -28,18 +27,17 @@ def play(
         UserError: if there is no such run or seed in it, or its environment has no picture.
     """
     trained = load_trained(run)
-    first, count = trained.experiment.seed, trained.experiment.train.seeds
-    seed = first if seed is None else seed
-    if not first <= seed < first + count:
-        raise UserError(f"--seed {seed}: {run} holds the agents of seeds {first} to {first + count - 1}")
-    agent = jax.tree.map(lambda x: x[seed - first], trained.agents)
+    text = trained.env.name == "Sentences"
+    agent = agent_of(trained, seed)
+    if not text:
+        refuse_unseen(trained.env)
     played = [roll(trained, agent, jax.random.key(key + i), greedy) for i in range(episodes)]
     console = Console(highlight=False)
-    if trained.env.name == "Sentences":
+    if text:
         for states, score in played:
             console.print(f"{score:.2f}  {tokens.text(states.inner.tokens[-1])}")
         return
-    frames = [draw(trained.env.name, at(states, t)) for states, _ in played for t in range(steps_of(states))]
+    frames = [draw(trained.env, at(states, t)) for states, _ in played for t in range(steps_of(states))]
     path = run / "plots" / "play.gif" if out is None else out
     save_gif(frames, path)
     returns = ", ".join(f"{score:,.2f}" for _, score in played)

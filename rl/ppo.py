@@ -2,28 +2,31 @@
 
 Schulman et al. 2017 (arXiv:1707.06347), with what implementations agree on (Huang et al. 2022, "The 37
 implementation details of PPO"): orthogonal initialization, Adam with epsilon 1e-5, annealed, advantages
-normalized in each minibatch, the gradient's norm clipped. It deviates from most in two things: the value of
-the last observation stands in for what a time limit cut off, and observations are normalized with statistics
-that stand still during an update, so that the policy that acted is the one that is compared with.
+normalized in each minibatch, the gradient's norm clipped. It deviates from most in three things: the value of
+the last observation stands in for what a time limit cut off; observations are normalized with statistics
+that stand still during an update, so that the policy that acted is the one that is compared with; and the
+mean of a continuous action goes through a tanh.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from core.mesh import shard
 from core.module import Blueprint, Params
+from rl import stepping
 from rl.algorithm import Algorithm, State, episode_metrics
 from rl.config import Experiment, PPOConfig
 from rl.envs import normalize
-from rl.envs.wrapper import Env, EnvState
+from rl.envs.wrapper import Env
 from rl.losses import normalize_advantages, ppo_clip_loss, value_loss
 from rl.networks import ActorCritic
+from rl.replay import Transition
 from rl.returns import gae
+from rl.stepping import Stream
 
 
 class Agent(NamedTuple):
@@ -33,23 +36,18 @@ class Agent(NamedTuple):
 
 class Training(NamedTuple):
     optimizer: optax.OptState
-    environments: EnvState  # each leaf [B, ...]
-    observation: jax.Array  # [B, *shape]
+    stream: Stream
     scale: normalize.RewardScale
     key: jax.Array
 
 
 class Steps(NamedTuple):
-    """What a rollout collects, each [T, B, ...]; `batch` flattens it."""
+    """What a rollout collects, each leaf [T, B, ...]."""
 
-    observation: jax.Array
-    action: jax.Array
+    seen: Transition
+    truncated: jax.Array
     log_prob: jax.Array
     value: jax.Array
-    reward: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
-    final_observation: jax.Array
 
 
 class Batch(NamedTuple):
@@ -58,7 +56,6 @@ class Batch(NamedTuple):
     observation: jax.Array
     action: jax.Array
     log_prob: jax.Array
-    value: jax.Array
     advantage: jax.Array
     target: jax.Array
 
@@ -79,10 +76,10 @@ def make(experiment: Experiment, env: Env) -> Algorithm:
     def init(key: jax.Array) -> State:
         key, key_params, key_reset = jax.random.split(key, 3)
         params = network.init(key_params)
-        observation, environments = jax.vmap(env.reset)(jax.random.split(key_reset, options.environments))
+        stream = stepping.start(env, key_reset, options.environments)
         agent = Agent(params, normalize.no_moments(env.observation_shape))
         scale = normalize.no_reward_scale(options.environments)
-        return State(agent, Training(optimizer.init(params), environments, observation, scale, key))
+        return State(agent, Training(optimizer.init(params), stream, scale, key))
 
     def act(agent: Agent, observation: jax.Array, key: jax.Array, greedy: bool) -> jax.Array:
         policy, _ = forward(agent, observation)
@@ -91,35 +88,25 @@ def make(experiment: Experiment, env: Env) -> Algorithm:
     def collect(agent: Agent, training: Training) -> tuple[Training, Steps, dict[str, jax.Array]]:
         """`rollout` steps in each environment."""
 
-        def step(carry, key):
-            environments, observation = carry
+        def step(stream: Stream, key):
             key_act, key_step = jax.random.split(key)
-            policy, value = forward(agent, observation)
+            policy, value = forward(agent, stream.observation)
             action = policy.sample(key_act)
-            keys = jax.random.split(key_step, options.environments)
-            following, environments, reward, terminated, truncated, info = _shard(
-                jax.vmap(env.step)(keys, environments, action)
-            )
-            steps = Steps(
-                observation, action, policy.log_prob(action), value, reward, terminated, truncated,
-                info.pop("final_observation"),
-            )  # fmt: skip
-            return (environments, following), (steps, info)
+            stream, seen, truncated, info = stepping.advance(env, stream, key_step, action)
+            ended = episode_metrics(seen.terminated | truncated, info)
+            return stream, (Steps(seen, truncated, policy.log_prob(action), value), ended)
 
         key, key_rollout = jax.random.split(training.key)
-        carry = _shard((training.environments, training.observation))
-        (environments, observation), (steps, info) = jax.lax.scan(
-            step, carry, jax.random.split(key_rollout, options.rollout)
-        )
-        training = training._replace(environments=environments, observation=observation, key=key)
-        return training, steps, episode_metrics(steps.terminated | steps.truncated, info)
+        keys = jax.random.split(key_rollout, options.rollout)
+        stream, (steps, ended) = jax.lax.scan(step, training.stream, keys)
+        return training._replace(stream=stream, key=key), steps, {k: x.sum() for k, x in ended.items()}
 
     def loss(params: Params, moments: normalize.Moments, batch: Batch):
         policy, value = forward(Agent(params, moments), batch.observation)
         policy_loss, told = ppo_clip_loss(
             policy.log_prob(batch.action), batch.log_prob, normalize_advantages(batch.advantage), options.clip
         )
-        values = value_loss(value, batch.target, batch.value, options.value_clip)
+        values = value_loss(value, batch.target)
         entropy = policy.entropy().mean()
         total = policy_loss + options.value_weight * values - options.entropy_weight * entropy
         told |= {"loss": total, "policy_loss": policy_loss, "value_loss": values, "entropy": entropy}
@@ -135,9 +122,9 @@ def make(experiment: Experiment, env: Env) -> Algorithm:
             return (optax.apply_updates(params, updates), state), told
 
         def epoch(carry, key):
-            order = jax.random.permutation(key, len(batch.value))
+            order = jax.random.permutation(key, len(batch.target))
             parts = jax.tree.map(lambda x: x[order].reshape(options.minibatches, -1, *x.shape[1:]), batch)
-            return jax.lax.scan(minibatch, carry, parts)
+            return jax.lax.scan(minibatch, carry, stepping.divide(parts, axis=1))
 
         keys = jax.random.split(key, options.epochs)
         (params, state), told = jax.lax.scan(epoch, (agent.params, state), keys)
@@ -146,22 +133,21 @@ def make(experiment: Experiment, env: Env) -> Algorithm:
     def update(state: State) -> tuple[State, dict[str, jax.Array]]:
         agent, training = state
         training, steps, metrics = collect(agent, training)
-        rewards, scale = steps.reward, training.scale
+        seen, rewards, scale = steps.seen, steps.seen.reward, training.scale
         if experiment.env.normalize_reward:
-            done = steps.terminated | steps.truncated
+            done = seen.terminated | steps.truncated
             scale, rewards = normalize.scale_rewards(scale, rewards, done, options.gamma)
-        _, next_values = jax.vmap(forward, (None, 0))(agent, steps.final_observation)
+        _, next_values = jax.vmap(forward, (None, 0))(agent, seen.next_observation)
         advantages, targets = gae(
-            rewards, steps.value, next_values, steps.terminated, steps.truncated,
+            rewards, steps.value, next_values, seen.terminated, steps.truncated,
             options.gamma, options.gae_lambda,
         )  # fmt: skip
-        batch = Batch(steps.observation, steps.action, steps.log_prob, steps.value, advantages, targets)
-        batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        batch = stepping.flat(Batch(seen.observation, seen.action, steps.log_prob, advantages, targets))
         key, key_learn = jax.random.split(training.key)
         params, optimizer_state, told = learn(agent, training.optimizer, batch, key_learn)
         moments = agent.moments
         if experiment.env.normalize_observation:
-            moments = normalize.merge(moments, steps.observation)
+            moments = normalize.merge(moments, seen.observation)
         unexplained = jnp.var(targets - steps.value) / jnp.maximum(jnp.var(targets), 1e-8)
         metrics |= told | {"explained_variance": 1 - unexplained}
         training = training._replace(optimizer=optimizer_state, scale=scale, key=key)
@@ -175,10 +161,5 @@ def make_optimizer(options: PPOConfig, updates: int) -> optax.GradientTransforma
     rate = optax.linear_schedule(options.learning_rate, 0.0, steps)
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
-        optax.adam(rate if options.anneal else options.learning_rate, eps=1e-5),
+        optax.adam(rate, eps=1e-5),
     )
-
-
-def _shard(tree: Any) -> Any:
-    """Leaves [environments, ...] over the mesh's `data`; without a mesh, as they are."""
-    return jax.tree.map(lambda x: shard(x, "act_batch", *[None] * (x.ndim - 1)), tree)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from gymnax.environments import spaces
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from core.errors import UserError
@@ -33,17 +32,16 @@ def make(config: Experiment, env: Env) -> Algorithm:
     """
     options = config.q_learning
     assert options is not None
-    space = env.inner.observation_space(env.params)
-    if not isinstance(space, spaces.Discrete) or not isinstance(env.actions, Discrete):
+    if env.states is None or not isinstance(env.actions, Discrete):
         raise UserError(
-            f"q_learning keeps a table, and {env.name} has no table of states and actions: use dqn"
+            f"q_learning keeps a table, and {env.name} has no table of states and actions: use ppo"
         )
     stepping.refuse_normalized_rewards(config)
     if config.env.normalize_observation:
         raise UserError(
             "env.normalize_observation is not for q_learning, whose observations are numbers of states"
         )
-    states, actions = int(space.n), env.actions.n
+    states, actions = env.states, env.actions.n
 
     def init(key: PRNGKeyArray) -> State:
         env_key, key = jax.random.split(key)
@@ -65,19 +63,14 @@ def make(config: Experiment, env: Env) -> Algorithm:
         best = table[observation.astype(jnp.int32)].argmax(-1).astype(jnp.int32)
         return jnp.where(jax.random.uniform(which, observation.shape) < epsilon, anything, best)
 
-    def epsilon_at(steps: jax.Array) -> Float[Array, ""]:
-        return stepping.linear(
-            steps, 1.0, options.epsilon_final, options.epsilon_fraction * config.train.steps
-        )
-
     def update(state: State) -> tuple[State, dict[str, jax.Array]]:
         def step(carry: tuple[jax.Array, Training], key: PRNGKeyArray):
             table, (visits, stream, steps, own_key) = carry
             act_key, env_key = jax.random.split(key)
-            chosen = explore(table, stream.observation, act_key, epsilon_at(steps))
-            stream, seen, done, info = stepping.advance(env, stream, env_key, chosen)
+            chosen = explore(table, stream.observation, act_key, stepping.epsilon(config, steps))
+            stream, seen, truncated, info = stepping.advance(env, stream, env_key, chosen)
             table, visits, errors = improve(table, visits, seen, options.gamma, options.decay)
-            metrics = episode_metrics(done, info) | {"error": jnp.abs(errors).mean()}
+            metrics = episode_metrics(seen.terminated | truncated, info) | {"error": jnp.abs(errors).mean()}
             training = Training(visits, stream, steps + options.environments, own_key)
             return (table, training), metrics
 
@@ -86,7 +79,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         carry = state.agent, state.training._replace(key=key)
         (table, training), told = jax.lax.scan(step, carry, keys)
         metrics = {name: figure.sum() for name, figure in told.items()}
-        metrics |= {"error": told["error"].mean(), "epsilon": epsilon_at(training.steps)}
+        metrics |= {"error": told["error"].mean(), "epsilon": stepping.epsilon(config, training.steps)}
         return State(table, training), metrics
 
     def value(table: Float[Array, "S A"], observation: jax.Array) -> Float[Array, " B"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from core.checkpoint import newest_params
 from core.config import load
+from core.errors import UserError
 from core.run import RunFolder
 from rl import ddpg, dqn, ppo, q_learning
 from rl.algorithm import Algorithm, State
@@ -35,6 +36,10 @@ def build(experiment: Experiment) -> tuple[Env, Algorithm]:
         UserError: for an environment that is not known or that the algorithm can't act in.
     """
     env = make(experiment.env.name)
+    if env.states is not None and experiment.algorithm != "q_learning":
+        raise UserError(
+            f"what {env.name} shows is the number of a state, of which networks make nothing: use q_learning"
+        )
     return env, MAKE[experiment.algorithm](experiment, env)
 
 
@@ -48,6 +53,18 @@ def init(algorithm: Algorithm, seeds: jax.Array) -> State:
 def seeds(experiment: Experiment) -> jax.Array:
     """[seeds] the seed of each run."""
     return experiment.seed + jnp.arange(experiment.train.seeds)
+
+
+def agent_of(trained: Trained, seed: int | None) -> Any:
+    """The agent of one seed, by default the first.
+
+    Raises:
+        UserError: if the run has no such seed.
+    """
+    first, count = trained.experiment.seed, trained.experiment.train.seeds
+    if seed is not None and not first <= seed < first + count:
+        raise UserError(f"--seed {seed}: the run holds the agents of seeds {first} to {first + count - 1}")
+    return jax.tree.map(lambda leaf: leaf[0 if seed is None else seed - first], trained.agents)
 
 
 def load_trained(folder: Path) -> Trained:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rl.networks import MLP, Dense, Torso
+from rl.networks import MLP, Dense
 
-_NEAR_ZERO = 0.01  # scale of last layers: first actions are the noise's alone, first values say nothing
+# Uniform within 1 / sqrt(inputs), as Lillicrap et al. 2015 have it (and PyTorch). With the larger orthogonal
+# kernels of `rl.networks` first values are so steep that a cart pole's were not yet learned at the end.
+_SMALL = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Of last layers: first actions are the noise's alone, first values say nothing.
+_NEAR_ZERO = jax.nn.initializers.orthogonal(0.01)
 
 
 class QNetwork(nnx.Module):
@@ -20,12 +25,12 @@ class QNetwork(nnx.Module):
     def __init__(
         self, shape: Sequence[int], actions: int, hidden: Sequence[int], dueling: bool, rngs: nnx.Rngs
     ):
-        self.torso = Torso(shape, hidden, "relu", rngs)
-        self.advantage = Dense(hidden[-1], actions, 1.0, rngs)
-        self.value = Dense(hidden[-1], 1, 1.0, rngs) if dueling else None
+        self.body = MLP(shape, hidden, "relu", _SMALL, rngs)
+        self.advantage = Dense(hidden[-1], actions, _SMALL, rngs)
+        self.value = Dense(hidden[-1], 1, _SMALL, rngs) if dueling else None
 
     def __call__(self, observation: Float[Array, "B ..."]) -> Float[Array, "B A"]:
-        features = self.torso(observation)
+        features = self.body(observation)
         advantage = self.advantage(features)
         if self.value is None:
             return advantage
@@ -36,18 +41,18 @@ class Actor(nnx.Module):
     """One action in [-1, 1] for each observation."""
 
     def __init__(self, shape: Sequence[int], actions: int, hidden: Sequence[int], rngs: nnx.Rngs):
-        self.torso = Torso(shape, hidden, "relu", rngs)
+        self.body = MLP(shape, hidden, "relu", _SMALL, rngs)
         self.action = Dense(hidden[-1], actions, _NEAR_ZERO, rngs)
 
     def __call__(self, observation: Float[Array, "B ..."]) -> Float[Array, "B A"]:
-        return jnp.tanh(self.action(self.torso(observation)))
+        return jnp.tanh(self.action(self.body(observation)))
 
 
 class Critic(nnx.Module):
     """The value of one action in [-1, 1]."""
 
     def __init__(self, shape: Sequence[int], actions: int, hidden: Sequence[int], rngs: nnx.Rngs):
-        self.body = MLP(math.prod(shape) + actions, hidden, "relu", rngs)
+        self.body = MLP((math.prod(shape) + actions,), hidden, "relu", _SMALL, rngs)
         self.value = Dense(hidden[-1], 1, _NEAR_ZERO, rngs)
 
     def __call__(self, observation: Float[Array, "B ..."], action: Float[Array, "B A"]) -> Float[Array, " B"]:

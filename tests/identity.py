@@ -24,11 +24,11 @@ class IdentityParams(environment.EnvParams):
 
 
 class Identity(environment.Environment):
-    """Shows one of `N` as one-hot, or, with `continuous`, a number in [-1, 1] to be met on a scale of two."""
+    """`shows` one of `N`, `one-hot` or as a `number`; or, `continuous`, in [-1, 1], to be met on a scale of two."""
 
-    def __init__(self, continuous: bool = False):
+    def __init__(self, shows: str):
         super().__init__()
-        self.continuous = continuous
+        self.shows, self.continuous = shows, shows == "continuous"
 
     @property
     def default_params(self):
@@ -36,6 +36,11 @@ class Identity(environment.Environment):
 
     def action_space(self, params=None):
         return spaces.Box(-2.0, 2.0, (1,)) if self.continuous else spaces.Discrete(N)
+
+    def observation_space(self, params=None):
+        if self.shows == "number":
+            return spaces.Discrete(N)
+        return spaces.Box(-1.0, 1.0, (1 if self.continuous else N,))
 
     def reset_env(self, key, params):
         state = IdentityState(time=0, shown=self._draw(key))
@@ -50,6 +55,8 @@ class Identity(environment.Environment):
         return self.get_obs(state), state, reward, jnp.bool_(False), {}
 
     def get_obs(self, state, params=None, key=None):
+        if self.shows == "number":
+            return state.shown
         return state.shown[None] if self.continuous else jax.nn.one_hot(state.shown, N)
 
     def _draw(self, key):
@@ -58,6 +65,6 @@ class Identity(environment.Environment):
         return jax.random.randint(key, (), 0, N)
 
 
-def identity(continuous: bool = False) -> Env:
-    inner = Identity(continuous)
+def identity(shows: str) -> Env:
+    inner = Identity(shows)
     return Env("Identity", inner, inner.default_params)

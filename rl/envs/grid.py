@@ -43,7 +43,7 @@ ROOMS = """
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    cell: jax.Array  # row * width + column
+    cell: Any  # row * width + column
     time: Any
 
 

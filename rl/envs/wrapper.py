@@ -74,6 +74,12 @@ class Env:
         return Continuous(math.prod(space.shape))
 
     @property
+    def states(self) -> int | None:
+        """How many states there are, where observations are their numbers."""
+        space = self.inner.observation_space(self.params)
+        return int(space.n) if isinstance(space, spaces.Discrete) else None
+
+    @property
     def max_steps(self) -> int:
         """The time limit of an episode."""
         return int(self.params.max_steps_in_episode)

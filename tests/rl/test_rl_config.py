@@ -48,6 +48,10 @@ def test_what_a_run_is():
             {"ppo": {"minibatches": 3}},
             r"environments x rollout \(4 x 16 = 64\) is not a multiple of minibatches \(3\)",
         ),
+        ({"ppo": {"minibatches": 64}}, r"minibatches \(64\) leaves one step in each"),
+        ({"ppo": {"hidden": [8, 0]}}, r"ppo\.hidden.*greater than or equal to 1"),
+        ({"eval": {"every": 1280}}, r"eval\.every \(1280\) is never reached in train\.steps \(640\)"),
+        ({"train": {"steps": 2**31}}, r"train\.steps.*less than 2147483648"),
         ({"mesh": {"fsdp": 2}}, r"mesh\.fsdp is 2: .* mesh\.data"),
         ({"ppo": {"learning_rat": 1}}, r"unknown key 'ppo\.learning_rat'; did you mean 'ppo\.learning_rate'"),
     ],
@@ -55,6 +59,11 @@ def test_what_a_run_is():
 def test_mistakes_are_named(sections, message):
     with pytest.raises(UserError, match=message):
         experiment(**sections)
+
+
+def test_networks_refuse_numbers_of_states():
+    with pytest.raises(UserError, match=r"what Rooms shows is the number of a state.*: use q_learning"):
+        build(experiment(env={"name": "Rooms"}))
 
 
 def test_exactly_one_algorithm():

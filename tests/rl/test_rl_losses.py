@@ -46,6 +46,27 @@ def test_ppo_clip_loss_and_its_gradient_as_in_torch(mask):
     assert_allclose(told["kl"], torch_mean(ratio - 1 - ratio.log(), mask), rtol=1e-4)
 
 
+def test_gradients_of_kl_estimators_used_as_losses():
+    """By exact sums over three actions, with the sampling held still."""
+    logits, other = jnp.array([0.3, -0.5, 0.9]), jax.nn.log_softmax(jnp.array([0.1, 0.7, -0.2]))
+
+    def expected(estimator):
+        def loss(logits):
+            log_probs = jax.nn.log_softmax(logits)
+            return (jnp.exp(jax.lax.stop_gradient(log_probs)) * estimator(log_probs, other)).sum()
+
+        return jax.grad(loss)(logits)
+
+    def kl(p, q):
+        return (jnp.exp(p) * (p - q)).sum()
+
+    forward = jax.grad(lambda x: kl(jax.nn.log_softmax(x), other))(logits)
+    reverse = jax.grad(lambda x: kl(other, jax.nn.log_softmax(x)))(logits)
+    assert_allclose(expected(losses.kl_k1), jnp.zeros(3), atol=1e-6)
+    assert_allclose(expected(losses.kl_k2), forward, rtol=1e-5)
+    assert_allclose(expected(losses.kl_k3), reverse, rtol=1e-5)
+
+
 def test_what_is_masked_may_hold_anything():
     """Padding has log-probabilities that overflow; neither the loss nor its gradient may see them."""
     old, mask = jnp.array(OLD), jnp.array(MASK)

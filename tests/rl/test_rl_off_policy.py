@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
-from gymnax.environments import environment, spaces
+from identity import LENGTH, identity
 
 from core.config import parse
 from core.errors import UserError
 from core.mesh import make_mesh
 from core.options import MeshConfig
-from rl import ddpg, dqn, start, stepping
+from rl import ddpg, dqn, q_learning, start, stepping
 from rl.config import Experiment
 from rl.envs import wrapper
-from rl.envs.wrapper import Env
 from rl.evaluate import evaluate
 from rl.loop import advance_under, make_programs
 
@@ -43,9 +41,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "hidden": [16],
     },
+    "q_learning": {"environments": 4, "train_every": 16},
 }
-ENVIRONMENTS = {"dqn": "CartPole-v1", "ddpg": "Pendulum-v1"}
-MODULES = {"dqn": dqn, "ddpg": ddpg}
+ENVIRONMENTS = {"dqn": "CartPole-v1", "ddpg": "Pendulum-v1", "q_learning": "Rooms"}
+MODULES = {"dqn": dqn, "ddpg": ddpg, "q_learning": q_learning}
 PRIORITIZED = {"prioritized": {"alpha": 0.6, "beta": 0.4}}
 
 
@@ -54,49 +53,6 @@ def _experiment(name: str, steps=1600, env: dict[str, Any] | None = None, **opti
     section = SMALL[name] | options
     data = {"run": {"name": "t"}, "env": env, "train": {"steps": steps}, name: section}
     return parse(Experiment, data)
-
-
-@struct.dataclass
-class IdentityState(environment.EnvState):
-    wanted: jax.Array
-    time: int | jax.Array
-
-
-class Identity(environment.Environment):
-    """The right action is the observation; a wrong one costs its distance. Episodes are cut off after 5."""
-
-    def __init__(self, continuous: bool):
-        super().__init__()
-        self.continuous = continuous
-
-    @property
-    def default_params(self):
-        return environment.EnvParams(max_steps_in_episode=5)
-
-    def reset_env(self, key, params):
-        state = IdentityState(wanted=self._wanted(key), time=0)
-        return self.get_obs(state), state
-
-    def _wanted(self, key):
-        if self.continuous:
-            return jax.random.uniform(key, (1,), minval=-2.0, maxval=2.0)
-        return jax.random.randint(key, (), 0, 3)
-
-    def step_env(self, key, state, action, params):
-        reward = -jnp.abs(jnp.float32(action - state.wanted)).sum()
-        state = IdentityState(wanted=self._wanted(key), time=state.time + 1)
-        return self.get_obs(state), state, reward, jnp.bool_(False), {}
-
-    def get_obs(self, state, params=None, key=None):
-        return state.wanted if self.continuous else jax.nn.one_hot(state.wanted, 3)
-
-    def action_space(self, params=None):
-        return spaces.Box(-2.0, 2.0, (1,)) if self.continuous else spaces.Discrete(3)
-
-
-def _identity(name: str) -> Env:
-    inner = Identity(continuous=name == "ddpg")
-    return Env("identity", inner, inner.default_params)
 
 
 def _run(algorithm, state, updates: int):
@@ -109,19 +65,29 @@ def _run(algorithm, state, updates: int):
 @pytest.mark.parametrize(
     ("name", "options", "least"),
     [
-        ("dqn", {"gamma": 0.5}, -0.01),
-        ("dqn", {"gamma": 0.5, "dueling": True, "double": False, **PRIORITIZED}, -0.01),
-        ("ddpg", {"gamma": 0.5, "hidden": [32], "tau": 0.05, "actor_rate": 3e-3, "critic_rate": 3e-3}, -1.0),
+        ("dqn", {"gamma": 0.5, "learning_starts": 160}, 0.99 * LENGTH),
+        (
+            "dqn",
+            {"gamma": 0.5, "learning_starts": 160, "dueling": True, "double": False, **PRIORITIZED},
+            0.99 * LENGTH,
+        ),
+        (
+            "ddpg",
+            {"gamma": 0.5, "learning_starts": 160, "hidden": [32], "tau": 0.05}
+            | {"actor_rate": 3e-3, "critic_rate": 3e-3},
+            -0.5,  # who always says zero is 0.45 away in each step
+        ),
+        ("q_learning", {"gamma": 0.5}, 0.99 * LENGTH),
     ],
 )
 def test_it_learns_to_give_back_what_it_sees(name, options, least):
-    experiment = _experiment(name, steps=8000, env={"name": "CartPole-v1"}, learning_starts=160, **options)
-    env = _identity(name)
+    experiment = _experiment(name, steps=8000, **options)
+    env = identity({"dqn": "one-hot", "ddpg": "continuous", "q_learning": "number"}[name])
     algorithm = MODULES[name].make(experiment, env)
     state, _ = _run(algorithm, algorithm.init(jax.random.key(0)), 500)
     returns, lengths = evaluate(algorithm, env, state.agent, jax.random.key(1), 100)
-    assert returns.mean() >= least, returns.mean()  # of 5 steps; at random -5 x 0.9, or -5 x 1.3
-    assert (lengths == 5).all()
+    assert returns.mean() >= least, returns.mean()
+    assert (lengths == LENGTH).all()
 
 
 @pytest.mark.parametrize("name", ["dqn", "ddpg"])
@@ -136,7 +102,8 @@ def test_replay_holds_final_observations_and_only_true_ends(name):
     for i in range(experiment.train.steps // 4 // 2):
         key = jax.random.key(i)
         before = stream
-        stream, seen, done, _ = advance(before, key, action)
+        stream, seen, truncated, _ = advance(before, key, action)
+        done = seen.terminated | truncated
         # What gymnax's own step without a reset says.
         keys = jax.vmap(lambda k: jax.random.split(k)[0])(jax.random.split(key, 4))
         own = jax.vmap(env._own)(action)
@@ -199,13 +166,15 @@ def test_targets_of_ddpg_follow_by_tau():
 CASES = [
     ("dqn", {"dueling": True, "epsilon_hold": 3.0, **PRIORITIZED}),
     ("ddpg", {"noise": "ornstein_uhlenbeck", "noise_scale": 0.5}),
+    ("q_learning", {}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_seeds_side_by_side_are_the_runs_alone(name, options):
     """And one seed gives the same bits each time."""
-    experiment = _experiment(name, env={"normalize_observation": True}, **options)
+    normal = name != "q_learning"
+    experiment = _experiment(name, env={"normalize_observation": normal}, **options)
     algorithm = start.build(experiment)[1]
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     both = jax.vmap(algorithm.update)
@@ -215,7 +184,8 @@ def test_seeds_side_by_side_are_the_runs_alone(name, options):
     alone = jax.jit(lambda s: jax.lax.fori_loop(0, 5, lambda _, s: algorithm.update(s)[0], s))
     once, again = (alone(algorithm.init(keys[1])) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, once.agent, again.agent)
-    assert int(once.training.steps) == 80 and float(once.agent.moments.seen) == 80
+    assert int(once.training.steps) == 80
+    assert not normal or float(once.agent.moments.seen) == 80
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5, atol=1e-5), together.agent, once.agent
     )
@@ -223,7 +193,7 @@ def test_seeds_side_by_side_are_the_runs_alone(name, options):
     assert not np.allclose(first[0], first[1])
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), CASES[:2])
 def test_environments_over_two_devices_are_the_same(name, options):
     experiment = _experiment(name, steps=80, **options)
     ends = []
@@ -234,13 +204,35 @@ def test_environments_over_two_devices_are_the_same(name, options):
         state = programs.init(start.seeds(experiment))
         advance = advance_under(programs, state)
         ends.append(jax.device_get(advance(state, 5)[0].agent))
-    assert "f32[1,2," in advance.as_text()  # a device's half of the observations
+    assert "f32[1,2," in advance.as_text()  # a device's half of the observations of a step
+    assert "f32[1,8,16]" in advance.as_text()  # and of the hidden layer of a batch
+    assert "f32[1,16,16]" not in advance.as_text()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *ends)
+
+
+def test_the_rate_of_dqn_ends_at_zero():
+    """Whenever learning starts: its schedule is as long as the updates that learn."""
+    for starts, learning in ((0, 100), (16, 100), (17, 99), (160, 91), (1600, 1)):
+        options = _experiment("dqn", learning_starts=starts).dqn
+        assert dqn.learning_updates(100, options) == learning
+        assert sum(16 * update >= starts for update in range(1, 101)) == learning
+
+
+def test_seeds_side_by_side_wait_for_learning_to_start():
+    """Under `vmap` a condition would become a choice between two results, and both be computed."""
+    algorithm = start.build(_experiment("dqn"))[1]
+    states = jax.vmap(lambda seed: algorithm.init(jax.random.key(seed)))(jnp.arange(2))
+    branches = [
+        equation.params["branches"]
+        for equation in jax.make_jaxpr(jax.vmap(algorithm.update))(states).eqns
+        if equation.primitive.name == "cond"
+    ]
+    assert [max(len(branch.eqns) for branch in pair) > 0 for pair in branches] == [True]
 
 
 def test_held_actions_are_held_as_long_as_asked():
     experiment = _experiment(
-        "dqn", steps=16 * 200, epsilon_hold=5.0, epsilon_final=1.0, learning_starts=10**6
+        "dqn", steps=16 * 200, epsilon_hold=5.0, epsilon_final=1.0, learning_starts=16 * 200
     )
     algorithm = dqn.make(experiment, wrapper.make("MountainCar-v0"))
     state, _ = _run(algorithm, algorithm.init(jax.random.key(0)), 16)  # 64 steps each, no episode ends
@@ -256,7 +248,7 @@ def test_noise_of_the_process_is_its_own_in_each_episode():
         steps=1600,
         noise="ornstein_uhlenbeck",
         noise_scale=0.5,
-        learning_starts=10**6,
+        learning_starts=1600,
         replay_size=1600,
     )
     algorithm = ddpg.make(experiment, wrapper.make("Pendulum-v1"))
@@ -281,6 +273,9 @@ def test_noise_of_the_process_is_its_own_in_each_episode():
         ("dqn", {"steps": 1608}, r"train.steps \(1608\) is not a multiple of the 16 environment steps"),
         ("ddpg", {"replay_size": 15}, r"replay_size \(15\) is smaller than what comes in at once"),
         ("dqn", {"replay_size": 20, "batch_size": 32}, r"or goes out \(batch_size, 32\)"),
+        ("dqn", {"learning_starts": 1601}, r"learning_starts \(1601\) is never reached in train.steps"),
+        ("dqn", {"target_every": 3200}, r"target_every \(3200\) is never reached in train.steps \(1600\)"),
+        ("ddpg", {"hidden": [16, 0]}, r"hidden.*greater than or equal to 1"),
     ],
 )
 def test_a_misaligned_interval_is_an_error(name, change, message):

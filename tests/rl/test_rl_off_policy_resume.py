@@ -21,10 +21,13 @@ SMALL = COMMON | {"replay_size": 100, "batch_size": 8}  # the ring has wrapped a
 CASES = {
     "dqn": ("CartPole-v1", SMALL | {"target_every": 32, "prioritized": {}, "epsilon_hold": 2.0}),
     "ddpg": ("Pendulum-v1", SMALL | {"noise": "ornstein_uhlenbeck"}),
+    "q_learning": ("Rooms", {"environments": 4, "train_every": 16}),
 }
 
 
-@pytest.mark.parametrize("name", ["dqn", pytest.param("ddpg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["q_learning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dqn", "ddpg"))]
+)
 def test_stopped_and_resumed_is_the_same_bit_for_bit(name, tmp_path, monkeypatch):
     real = rl.loop.make_mesh
     monkeypatch.setattr(rl.loop, "make_mesh", lambda options: real(options, jax.devices()[:1]))

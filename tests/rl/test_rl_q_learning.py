@@ -81,6 +81,6 @@ def test_a_misaligned_interval_is_an_error(change, message):
 
 def test_an_environment_without_a_table_is_an_error():
     experiment = _experiment("CartPole-v1")
-    with pytest.raises(UserError, match="CartPole-v1 has no table of states and actions: use dqn"):
+    with pytest.raises(UserError, match="CartPole-v1 has no table of states and actions: use ppo"):
         start.build(experiment)
     assert set(grid.GRIDS) <= set(wrapper.names())

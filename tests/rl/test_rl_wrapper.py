@@ -65,7 +65,7 @@ def test_actions_are_scaled_and_cut_at_the_boundary():
 def test_an_unknown_environment_is_named_with_the_nearest():
     with pytest.raises(UserError, match=r"'Cartpole-v1' is not known; did you mean CartPole-v1\?"):
         make("Cartpole-v1")
-    with pytest.raises(UserError, match="known are Acrobot-v1, .*, Sentences"):
+    with pytest.raises(UserError, match=r"known are Acrobot-v1, .*, Sentences"):
         make("zzz")
 
 
