@@ -6,11 +6,11 @@ import os
 import subprocess
 
 import pytest
+from processes import QUICK_COMPILES
 
-# LLVM's optimizations change no value that a test may rely on, and are most of the time that compiling
-# takes. XLA reads its flags when the devices are first asked for; commands that tests start get none.
+# XLA reads its flags when the devices are first asked for; commands that tests start get none.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = QUICK_COMPILES
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax

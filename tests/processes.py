@@ -10,6 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 4  # of a process
+# LLVM's optimizations and the emitters that lower a fusion through MLIR change no value that a test may rely
+# on, and are most of the time that compiling takes; so is dividing every small program over 32 compilers.
+QUICK_COMPILES = (
+    "--xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
@@ -19,7 +26,7 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
         "JAX_NUM_CPU_DEVICES": str(DEVICES),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_COMPILES,
         **more,
     }
 

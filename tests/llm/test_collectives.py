@@ -83,11 +83,21 @@ MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"fsdp": 2, "tensor": 2, "context": 2},
 ]
+SOON = [
+    ({"fsdp": 8}, "full"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "full"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "none"),
+    ({"fsdp": 2, "tensor": 2, "context": 2}, "none"),
+]
+
+
+def slow_but(soon: list, cases: list) -> list:
+    return [pytest.param(*case, marks=[] if case in soon else pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(
     ("sizes", "remat"),
-    [*((mesh, "full") for mesh in MESHES), *((mesh, "none") for mesh in MESHES[-2:])],
+    slow_but(SOON, [*((mesh, "full") for mesh in MESHES), *((mesh, "none") for mesh in MESHES[-2:])]),
     ids=str,
 )
 def test_a_layer_gathers_and_sums_what_it_must_and_nothing_else(sizes, remat):
@@ -112,7 +122,7 @@ def test_a_layer_gathers_and_sums_what_it_must_and_nothing_else(sizes, remat):
     assert found == {key: n for key, n in expected.items() if n}
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", slow_but([(m,) for m in MESHES[-2:]], [(m,) for m in MESHES]), ids=str)
 def test_outside_the_layers_only_the_tables_and_the_ends_of_the_stream_move(sizes):
     found = {key[:2]: n for key, n in counted(tuple(sizes.items()), "none").items() if not key[2]}
     fsdp, tensor, context = (axis in sizes for axis in ("fsdp", "tensor", "context"))

@@ -76,8 +76,16 @@ def run(prompts, sampling=GREEDY, count=20, stop=(), keys=None, config=LLAMA):
     return generate(config, params_of(config), prompts, keys, sampling, count, stop)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["stacked", "prepared"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "prepared"),
+    [
+        *((shape, False) for shape in SHAPES),
+        *(
+            pytest.param(shape, True, marks=[] if shape in ("grouped", "experts") else pytest.mark.slow)
+            for shape in SHAPES
+        ),
+    ],
+)
 def test_cached_logits_are_the_full_passes(shape, prepared):
     """A padded batch of prompts, read in two pieces, then token by token, in a cache that grows."""
     config = config_of(shape)

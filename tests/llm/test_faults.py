@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import QUICK_COMPILES
 from runs import ROOT, assert_same_bits, clean_environment, command, named, numbers, saved
 from tiny import copy_corpus, experiment
 
@@ -69,7 +70,8 @@ def place(tmp_path_factory) -> Place:
     folder = tmp_path_factory.mktemp("faults")
     (folder / "corpus").mkdir()
     (folder / "runs").mkdir()
-    return Place(copy_corpus(folder / "corpus"), folder / "runs", clean_environment(folder))
+    environment = clean_environment(folder) | {"XLA_FLAGS": QUICK_COMPILES}
+    return Place(copy_corpus(folder / "corpus"), folder / "runs", environment)
 
 
 @pytest.fixture(scope="module")

@@ -87,11 +87,14 @@ def figures(run: Path) -> list[tuple]:
     [
         (not_a_number, range(26, 27), "loss", {}),
         (wrong_targets, range(26, 30), "loss", {}),
-        (one_token_counts, range(26, 30), "grad_norm", {}),
-        (unlearning, range(20, 28), "heldout_loss", {"threshold": 1e6, "watch": {"heldout_loss": "min"}}),
+        pytest.param(one_token_counts, range(26, 30), "grad_norm", {}, marks=pytest.mark.slow),
+        pytest.param(
+            unlearning, range(20, 28), "heldout_loss", {"threshold": 1e6, "watch": {"heldout_loss": "min"}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["not finite", "loss spike", "gradient spike", "watched metric"],
-)
+)  # fmt: skip
 def test_it_goes_back_skips_what_was_bad_and_goes_on(
     spoil, numbers, metric, options, corpus, tmp_path, monkeypatch, caplog
 ):

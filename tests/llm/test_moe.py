@@ -174,9 +174,10 @@ MESHES = [
     MeshConfig(data=2, context=2, expert=2),
     MeshConfig(data=1, fsdp=2, tensor=2, expert=2),
 ]
+SLOWLY = [pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:4]]
 
 
-@pytest.mark.parametrize("options", MESHES, ids=str)
+@pytest.mark.parametrize("options", [MESHES[0], *SLOWLY, MESHES[4]], ids=str)
 def test_sharded_equals_unsharded(options):
     got, expected = run(options), one_device()
     assert_same_course(got, expected)

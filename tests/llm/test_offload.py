@@ -30,7 +30,7 @@ def run(offload: bool, name: str, mesh: MeshConfig):
     return kinds, jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_offloading_changes_where_the_state_lies_and_no_bit_of_it(name):
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     (here, kept), (there, offloaded) = run(False, name, mesh), run(True, name, mesh)

@@ -75,7 +75,10 @@ def of(corpus: Path, folder: Path, sources: list, **changes) -> Experiment:
     )
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "zst", "parquet", "huggingface", "tfds"])
+SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("zst", "parquet", "huggingface")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", *SLOWLY, "tfds"])
 def test_every_source_trains_a_model(corpus, kinds, paragraphs, tmp_path, kind):
     setup = of(corpus, tmp_path, [kinds[kind]])
     train(setup)

@@ -125,7 +125,7 @@ def close_under_fire(checkpointer: Checkpointer, close=Checkpointer.close) -> No
     close(checkpointer)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_resume_goes_on_bitwise(number, undisturbed, corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 7, lambda: os.kill(os.getpid(), number))

@@ -15,13 +15,11 @@ from rl.envs import wrapper
 from rl.start import Trained
 
 EVERY = {"environments": 4, "train_every": 4}
+SMALL = EVERY | {"gradient_steps": 1, "learning_starts": 8, "hidden": [8], "replay_size": 128}
 SECTIONS = {
     "Rooms": ("q_learning", EVERY),
-    "MountainCar-v0": (
-        "dqn",
-        {**EVERY, "gradient_steps": 1, "target_every": 4, "hidden": [8], "replay_size": 64},
-    ),
-    "Pendulum-v1": ("ddpg", {**EVERY, "gradient_steps": 1, "hidden": [8], "replay_size": 128}),
+    "MountainCar-v0": ("dqn", SMALL | {"target_every": 4}),
+    "Pendulum-v1": ("ddpg", SMALL),
     "CartPole-v1": ("ppo", {"environments": 4, "rollout": 4, "hidden": [8]}),
 }
 
@@ -42,7 +40,8 @@ def _untrained(name: str) -> Trained:
 @pytest.mark.parametrize("name", ["Rooms", "MountainCar-v0", "Pendulum-v1"])
 def test_a_map_is_drawn(name, tmp_path):
     path = tmp_path / "plots" / "maps.png"
-    maps.draw(_untrained(name), 1, path)
+    trained = _untrained(name)
+    maps.draw(trained, start.agent_of(trained, 1), path)
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
@@ -73,4 +72,4 @@ def test_points_of_the_plane_are_what_the_environment_shows(name, fields):
 
 def test_states_that_make_no_plane_are_an_error(tmp_path):
     with pytest.raises(UserError, match="CartPole-v1 has no map"):
-        maps.draw(_untrained("CartPole-v1"), 0, tmp_path / "maps.png")
+        maps.draw(_untrained("CartPole-v1"), None, tmp_path / "maps.png")

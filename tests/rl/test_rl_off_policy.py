@@ -165,7 +165,7 @@ def test_targets_of_ddpg_follow_by_tau():
 
 CASES = [
     ("dqn", {"dueling": True, "epsilon_hold": 3.0, **PRIORITIZED}),
-    ("ddpg", {"noise": "ornstein_uhlenbeck", "noise_scale": 0.5}),
+    pytest.param("ddpg", {"noise": "ornstein_uhlenbeck", "noise_scale": 0.5}, marks=pytest.mark.slow),
     ("q_learning", {}),
 ]
 
