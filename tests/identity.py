@@ -24,7 +24,7 @@ class IdentityParams(environment.EnvParams):
 
 
 class Identity(environment.Environment):
-    """`shows` one of `N`, `one-hot` or as a `number`; `continuous`: in [-1, 1], to be met on a scale of two."""
+    """`shows` one of `N`, `one-hot` or as a `number`; or `continuous`, in [-1, 1], met on a scale of two."""
 
     def __init__(self, shows: str):
         super().__init__()
