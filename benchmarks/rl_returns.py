@@ -53,16 +53,22 @@ TARGETS = (
     Target("ppo-breakout", 28, "-"),
 )
 HEADER = (
-    "environment", "algorithm", "config", "steps a seed", "mean return", "worst seed", "must reach", "reached",
-    "zoo (steps)", "seconds", "to reach it",
+    "environment", "algorithm", "config", "steps a seed", "mean return", "worst seed", "must reach",
+    "reached", "zoo (steps)", "seconds", "to reach it",
 )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_returns", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/rl-returns"), metavar="DIR", help="their folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rl_returns", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/rl-returns"), metavar="DIR", help="their folder"
+    )
     names = [target.config for target in TARGETS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
     args = parser.parse_args(argv)
     log.setup("rl")
     devices.prepare()
@@ -77,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 def experiment_of(target: Target, runs: Path) -> Experiment:
-    """The shipped configuration with the seeds and episodes of the table, evaluated and saved now and then."""
+    """The shipped configuration with the seeds and episodes of the table, evaluated now and then."""
     path = Path(__file__).parents[1] / "configs" / "rl" / f"{target.config}.yaml"
     shipped = load(Experiment, path)
     every = -(-shipped.updates // EVALUATIONS) * shipped.steps_per_update
@@ -112,8 +118,8 @@ def train(experiment: Experiment) -> None:
 
 def _require_same(saved: Experiment, now: Experiment) -> None:
     """That what was computed is what would be: evaluations in between change nothing, nor does the place."""
-    place = {"run": now.run, "mesh": now.mesh, "checkpoint": now.checkpoint, "eval": now.eval}
-    if dataclasses.replace(saved, **place) != now or saved.eval.episodes != now.eval.episodes:
+    there = dataclasses.replace(saved, run=now.run, mesh=now.mesh, checkpoint=now.checkpoint, eval=now.eval)
+    if there != now or saved.eval.episodes != now.eval.episodes:
         raise UserError(
             f"{now.run.folder} holds a run of another configuration: delete it, or choose another --runs"
         )
@@ -141,7 +147,9 @@ def result(target: Target, experiment: Experiment) -> tuple[tuple[str, ...], boo
     return cells, reached
 
 
-def seconds_to(threshold: float | int, metrics: Sequence[Mapping[str, float | int]], seeds: int) -> float | None:
+def seconds_to(
+    threshold: float | int, metrics: Sequence[Mapping[str, float | int]], seeds: int
+) -> float | None:
     """Seconds of training up to the first evaluation that is at the threshold; None where none is."""
     seconds, before = 0.0, 0
     for line in metrics:
