@@ -10,13 +10,16 @@ import nbformat
 import pytest
 from tiny import copy_corpus, experiment
 
+import clip.config
 import clip.loop
 import llm.loop
-from clip.config import Experiment
+import rl.config
+import rl.loop
 from core.config import parse
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FIXTURES = {"zero_shot_eval": "dual_encoder", "rewards_analysis": "agents"}  # others: language_model
 MACHINE_PATH = re.compile(r"/(work|tmp|root|home)/\S*")
 
 
@@ -56,14 +59,28 @@ def dual_encoder(tmp_path_factory) -> Path:
         "model": {"embed_dim": 8, "image": image, "text": text},
         "train": {"steps": 10},
     }
-    clip.loop.train(parse(Experiment, options))
+    clip.loop.train(parse(clip.config.Experiment, options))
+    return runs / "run"
+
+
+@pytest.fixture(scope="module")
+def agents(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("agents")
+    options = {
+        "run": {"name": "run", "dir": str(runs)},
+        "env": {"name": "Pendulum-v1"},
+        "train": {"steps": 3200, "seeds": 2},  # twice the time limit of eight environments
+        "ddpg": {"environments": 8, "train_every": 16, "gradient_steps": 1, "hidden": [8]},
+        "eval": {"episodes": 4},
+    }
+    rl.loop.train(parse(rl.config.Experiment, options))
     return runs / "run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_on_another_run(path, request):
-    run = request.getfixturevalue("dual_encoder" if path.stem == "zero_shot_eval" else "language_model")
+    run = request.getfixturevalue(FIXTURES.get(path.stem, "language_model"))
     notebook = nbformat.read(path, as_version=4)
     code_cells(notebook)[0].source = f"RUN = {str(run)!r}"
     # Raises where a cell does.
