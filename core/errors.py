@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -34,6 +35,17 @@ def run_command(main: Callable[[list[str]], None], again: str = "run the same co
         end(2, f"the disk is full{where}: free some space and {again}")
     except KeyboardInterrupt:
         end(130, "")
+
+
+def require(extra: str, *packages: str) -> None:
+    """Before anything is loaded or computed for nothing.
+
+    Raises:
+        UserError: if a package that the extra brings is missing.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"this needs the package '{package}': pip install -e '.[{extra}]'")
 
 
 def tell(message: str) -> None:

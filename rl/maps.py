@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from core import devices, log
-from core.errors import UserError, run_command
+from core.errors import UserError, require, run_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.out and args.out.suffix != ".png":
         raise UserError(f"--out {args.out}: the name of a PNG ends in .png")
+    require("rl", "gymnax", "flashbax", "six")
     log.setup("rl")
     devices.prepare()
     from rl.start import agent_of, load_trained  # only now, so that --help answers at once

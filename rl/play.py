@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from core import devices, log
-from core.errors import UserError, run_command
+from core.errors import UserError, require, run_command
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--key {args.key}: a number from 0 to 2**31 - 1")
     if args.out and args.out.suffix != ".gif":
         raise UserError(f"--out {args.out}: the name of a GIF ends in .gif")
+    require("rl", "gymnax", "flashbax", "six")
     log.setup("rl")
     devices.prepare()
     from rl.playing import play  # only now, so that --help answers at once

@@ -6,7 +6,7 @@ import argparse
 
 from core import devices, log
 from core.config import add_arguments, load
-from core.errors import run_command
+from core.errors import require, run_command
 from rl.config import Experiment
 
 
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     args = parser.parse_args(argv)
     experiment = load(Experiment, args.config, args.overrides)
+    require("rl", "gymnax", "flashbax", "six")
     log.setup("rl")
     devices.prepare()
     from rl.loop import train  # only now, so that --help and mistakes in a config answer at once

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.errors import UserError, run_command
+from core.errors import UserError, require, run_command
 from launch.address import is_loopback, listen
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.urls and args.run is None:
         raise UserError("name a model to talk to: --run FOLDER, or --url URL of a server")
-    for package in ("httpx", "fastapi", "uvicorn", "gradio"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the chat page needs the package '{package}': pip install -e '.[serve]'")
+    require("serve", "httpx", "fastapi", "uvicorn", "gradio")
     servers = _servers(args.urls, args.api_key)
     with listen(args.host, args.port) as listening, contextlib.ExitStack() as engines:
         inside, mode = None, "chat"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from core.errors import UserError
+from core.errors import require
 from launch.address import listen, url_of
 from launch.server.limits import Limits
 from launch.server.model import Served
@@ -63,14 +62,8 @@ def running(
 
 
 def check_installed() -> None:
-    """Before a model is loaded and compiled for nothing.
-
-    Raises:
-        UserError: if FastAPI or Uvicorn is missing.
-    """
-    for package in ("fastapi", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"serving needs the package '{package}': pip install -e '.[serve]'")
+    """Raises UserError if FastAPI or Uvicorn is missing."""
+    require("serve", "fastapi", "uvicorn")
 
 
 def _engine(served: Served, limits: Limits) -> Any:

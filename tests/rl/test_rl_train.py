@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -122,6 +123,20 @@ def arrays(run, item):
     }
 
 
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashbax", None)
+    with pytest.raises(UserError, match=r"needs the package 'flashbax': pip install -e '\.\[rl\]'"):
+        train(command(folder, "missing"))
+    assert not (folder / "missing").exists()
+
+
+def test_an_agent_that_is_no_longer_finite_is_told_and_not_saved(folder):
+    wild = ["--set", "ppo.learning_rate=1e30", "--set", "ppo.clip_norm=1e30"]
+    with pytest.raises(UserError, match=r"the agent of seed 5, 6 is no longer made of finite numbers.*ppo"):
+        train(command(folder, "wild", *wild))
+    assert Checkpointer(folder / "wild" / "checkpoints").latest_step() is None
+
+
 def test_play_makes_a_gif(folder, capsys):
     play(["--run", str(folder / "whole"), "--seed", "6"])
     path = folder / "whole" / "plots" / "play.gif"
@@ -131,6 +146,8 @@ def test_play_makes_a_gif(folder, capsys):
         first = np.asarray(gif.convert("RGB")).copy()
         gif.seek(gif.n_frames - 1)
         assert (np.asarray(gif.convert("RGB")) != first).any()
+    with pytest.raises(UserError, match=r"the name of a GIF ends in \.gif"):
+        play(["--run", str(folder / "whole"), "--out", "x.txt"])
     with pytest.raises(UserError, match="seeds 5 to 6"):
         play(["--run", str(folder / "whole"), "--seed", "7"])
 
