@@ -134,7 +134,11 @@ def make(config: Experiment, env: Env) -> Algorithm:
     def loss_of(
         params: Params, target: Params, moments: Moments, items: Transition, weights: Float[Array, " B"]
     ) -> tuple[Float[Array, ""], tuple[Float[Array, " B"], Float[Array, ""]]]:
-        """Huber loss of the temporal differences; these and the mean value."""
+        """Half the mean squared temporal difference; the differences and the mean value.
+
+        Squares, where Mnih et al. clip errors at 1: steps that end an episode are rare, and with so little
+        pull each they lost, on the mountain car, to values that rose into the thousands.
+        """
         following = values(target, moments, items.next_observation)
         chooser = values(params, moments, items.next_observation) if options.double else following
         best = jnp.take_along_axis(following, chooser.argmax(-1)[:, None], -1)[:, 0]
@@ -142,7 +146,7 @@ def make(config: Experiment, env: Env) -> Algorithm:
         value = values(params, moments, items.observation)
         taken = jnp.take_along_axis(value, items.action[:, None], -1)[:, 0]
         errors = taken - jax.lax.stop_gradient(wanted)
-        return (weights * optax.huber_loss(errors)).mean(), (errors, taken.mean())
+        return (weights * 0.5 * errors**2).mean(), (errors, taken.mean())
 
     def learn(
         learned: Learned, ring: Any, target: Params, moments: Moments, steps: jax.Array, key: PRNGKeyArray
