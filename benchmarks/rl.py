@@ -103,13 +103,13 @@ def _ours(overrides: list[str]) -> Callable[[float], float]:
     programs = make_programs(made, *start.build(made), make_mesh(made.mesh))
     state = programs.init(start.seeds(made))
     advance = advance_under(programs, state)
-    state, _ = jax.block_until_ready(advance(state, 1))
+    state, *_ = jax.block_until_ready(advance(state, 1))
 
     def measure(seconds: float) -> float:
         nonlocal state
         began, updates = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            state, _ = jax.block_until_ready(advance(state, 1))
+            state, *_ = jax.block_until_ready(advance(state, 1))
             updates += 1
         each = made.steps_per_update * made.train.seeds
         return updates * each / (time.perf_counter() - began)
