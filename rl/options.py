@@ -12,27 +12,38 @@ Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] 
 
 
 @config
-class QLearningConfig:
-    """Tabular Q-learning (Watkins 1989). The n-th visit to a pair moves its value by n^-`decay` of the error.
-
-    A `decay` in (0.5, 1] converges to the optimal values whatever is random (Even-Dar & Mansour 2003).
-    """
+class CollectConfig:
+    """What the algorithms of this file have in common: so many steps with one policy, then learning."""
 
     environments: int = Field(ge=1)
     train_every: int = Field(ge=1)  # environment steps, over all environments, in one update
-    gamma: float = Field(0.99, ge=0, le=1)
-    decay: float = Field(0.7, ge=0, le=1)
-    epsilon_final: float = Field(0.1, ge=0, le=1)
-    epsilon_fraction: float = Field(0.5, gt=0, le=1)  # of the run in which epsilon falls from 1
 
     @property
     def steps_per_update(self) -> int:
         return self.train_every
 
     @model_validator(mode="after")
-    def _check(self):
-        _check_train_every(self.train_every, self.environments)
+    def _check_train_every(self):
+        if self.train_every % self.environments:
+            near = -(-self.train_every // self.environments) * self.environments
+            raise ValueError(
+                f"train_every ({self.train_every}) is not a multiple of environments ({self.environments}), "
+                f"which step together: for example {near}"
+            )
         return self
+
+
+@config
+class QLearningConfig(CollectConfig):
+    """Tabular Q-learning (Watkins 1989). The n-th visit to a pair moves its value by n^-`decay` of the error.
+
+    A `decay` in (0.5, 1] converges to the optimal values whatever is random (Even-Dar & Mansour 2003).
+    """
+
+    gamma: float = Field(0.99, ge=0, le=1)
+    decay: float = Field(0.7, ge=0, le=1)
+    epsilon_final: float = Field(0.1, ge=0, le=1)
+    epsilon_fraction: float = Field(0.5, gt=0, le=1)  # of the run in which epsilon falls from 1
 
 
 @config
@@ -44,15 +55,13 @@ class PrioritizedConfig:
 
 
 @config
-class DQNConfig:
+class DQNConfig(CollectConfig):
     """Deep Q-learning (Mnih et al. 2015) with double, dueling and prioritized replay as options.
 
     All intervals are environment steps, over all environments. An update collects `train_every` steps, then
     takes `gradient_steps` steps, each on a batch of its own from the replay.
     """
 
-    environments: int = Field(ge=1)
-    train_every: int = Field(ge=1)
     gradient_steps: int = Field(ge=1)
     target_every: int = Field(ge=1)
     learning_starts: int = Field(1000, ge=0)
@@ -72,13 +81,8 @@ class DQNConfig:
     dueling: bool = False
     prioritized: PrioritizedConfig | None = None
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.train_every
-
     @model_validator(mode="after")
     def _check(self):
-        _check_train_every(self.train_every, self.environments)
         _check_replay(self.replay_size, self.train_every, self.batch_size)
         if self.target_every % self.train_every:
             raise ValueError(
@@ -89,7 +93,7 @@ class DQNConfig:
 
 
 @config
-class DDPGConfig:
+class DDPGConfig(CollectConfig):
     """Deep deterministic policy gradient (Lillicrap et al. 2015).
 
     Intervals as for DQN. Until learning starts, actions are noise alone: uniform with `gaussian` noise, the
@@ -97,8 +101,6 @@ class DDPGConfig:
     the process its diffusion (with theta 0.15 and steps of 0.01, as usual: 1.8 times that when settled).
     """
 
-    environments: int = Field(ge=1)
-    train_every: int = Field(ge=1)
     gradient_steps: int = Field(ge=1)
     learning_starts: int = Field(1000, ge=0)
     replay_size: int = Field(100_000, ge=1, le=100_000_000)
@@ -111,23 +113,10 @@ class DDPGConfig:
     noise_scale: float = Field(0.1, ge=0, allow_inf_nan=False)
     hidden: Sizes = (128, 128)
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.train_every
-
     @model_validator(mode="after")
     def _check(self):
-        _check_train_every(self.train_every, self.environments)
         _check_replay(self.replay_size, self.train_every, self.batch_size)
         return self
-
-
-def _check_train_every(train_every: int, environments: int) -> None:
-    if train_every % environments:
-        raise ValueError(
-            f"train_every ({train_every}) is not a multiple of environments ({environments}), which step "
-            f"together: for example {-(-train_every // environments) * environments}"
-        )
 
 
 def _check_replay(replay_size: int, train_every: int, batch_size: int) -> None:
