@@ -25,6 +25,7 @@ TIMES = (
     "checkpoint_seconds",
     "mfu",
     "images_per_second",
+    "steps_per_second",
 )
 
 
@@ -52,7 +53,7 @@ def stop_at(
 
 
 def saved(run: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by name, of the newest if none is named."""
+    """All arrays of a checkpoint by name, of the newest if none is named; random keys as their numbers."""
     folder, handler = run / "checkpoints", ocp.PyTreeCheckpointHandler()
     folder = folder / str(step or Checkpointer(folder).latest_step())
     arrays: dict[str, np.ndarray] = {}
@@ -70,12 +71,15 @@ def named(tree: Any, item: str) -> dict[str, np.ndarray]:
     difference between them where it knows no target.
     """
 
+    def plain(value: Any) -> np.ndarray:
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(value) if is_key else value)
+
     def spelled(entry: Any) -> str:
         return str(next(getattr(entry, kind) for kind in ("key", "idx", "name") if hasattr(entry, kind)))
 
     return {
-        ".".join([item, *map(spelled, path)]): np.asarray(value)
-        for path, value in jax.tree.leaves_with_path(tree)
+        ".".join([item, *map(spelled, path)]): plain(value) for path, value in jax.tree.leaves_with_path(tree)
     }
 
 

@@ -239,7 +239,7 @@ def test_closing_ends_the_threads(tokenizer):
     assert make(tokenizer, ()) == []
 
 
-def test_captions_are_cut_and_their_end_kept(tokenizer):
+def test_captions_are_cut_and_their_end_kept(tokenizer, monkeypatch):
     captions = ["a red six", "", "a red six over a blue two " * 9]
     tokens, ends = encode_captions(tokenizer, captions, 12)
     assert tokens.shape == (3, 12) and tokens.dtype == ends.dtype == np.int32
@@ -251,6 +251,8 @@ def test_captions_are_cut_and_their_end_kept(tokenizer):
     cut, total, longest = count_cut(Few(), tokenizer, 3)
     assert (cut, total) == (14, 14) and longest > 3
     assert count_cut(Few(), tokenizer, longest)[0] == 0
+    monkeypatch.setattr("clip.data.captions.COUNTED", 3)
+    assert 0 < count_cut(Few(), tokenizer, 3)[1] < 14
 
 
 def test_a_vocabulary_too_large_is_named(tmp_path):

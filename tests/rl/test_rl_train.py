@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import yaml
 from PIL import Image
+from runs import assert_same_bits, numbers, saved
 
 import rl.loop
 from core.checkpoint import Checkpointer
 from core.errors import UserError
+from core.mesh import MeshConfig, make_mesh
 from core.metrics import read_metrics
 from core.run import RunFolder
 from rl.play import main as play
@@ -92,35 +94,41 @@ class StopAfter:
         pass
 
 
-def test_stopped_and_resumed_is_the_same_bit_for_bit(folder, monkeypatch):
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """A run of the same configuration that a signal ended after four updates."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl.loop, "live", StopAfter(256))
         train(command(folder, "stopped"))
-    stopped, whole = RunFolder(folder / "stopped"), RunFolder(folder / "whole")
-    assert max(Checkpointer(stopped.checkpoints).steps()) == 256 and not stopped.summary.exists()
+    run = RunFolder(folder / "stopped")
+    assert max(Checkpointer(run.checkpoints).steps()) == 256 and not run.summary.exists()
+    return run
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_resumed_on_another_mesh_it_is_the_same(folder, stopped, monkeypatch, devices):
+    """Over two devices the two seeds are divided, over four the four environments of each."""
+    moved, whole = RunFolder(folder / f"moved{devices}"), RunFolder(folder / "whole")
+    shutil.copytree(stopped.path, moved.path)
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    monkeypatch.setattr(rl.loop, "make_mesh", lambda options: mesh)
+    train(command(folder, moved.path.name, "--resume", "--set", f"mesh.data={devices}"))
+    for ours, theirs in zip(numbers(moved.path), numbers(whole.path), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    ours, theirs = saved(moved.path), saved(whole.path)
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_stopped_and_resumed_is_the_same_bit_for_bit(folder, stopped):
     with pytest.raises(UserError, match="already holds a run"):
         train(command(folder, "stopped"))
     with pytest.raises(UserError, match=r"'ppo\.gamma' is 0\.99 there and 0\.5 now"):
         train(command(folder, "stopped", "--resume", "--set", "ppo.gamma=0.5"))
-    train(command(folder, "stopped", "--resume"))
-    for ours, theirs in zip(read_metrics(stopped.metrics), read_metrics(whole.metrics), strict=True):
-        del ours["steps_per_second"], theirs["steps_per_second"]
-        assert ours == theirs
-    for name in ("params", "opt"):
-        ours, theirs = (arrays(run, name) for run in (stopped, whole))
-        assert ours.keys() == theirs.keys() and ours
-        for key, value in ours.items():
-            np.testing.assert_array_equal(value, theirs[key])
-
-
-def arrays(run, item):
-    """All arrays of a run's last checkpoint, by name."""
-    tree = ocp.PyTreeCheckpointHandler().restore(run.checkpoints / "640" / item)
-    is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return {
-        jax.tree_util.keystr(path): np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    shutil.copytree(stopped.path, folder / "resumed")
+    train(command(folder, "resumed", "--resume"))
+    assert numbers(folder / "resumed") == numbers(folder / "whole")
+    assert_same_bits(saved(folder / "resumed"), saved(folder / "whole"))
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):
