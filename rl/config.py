@@ -52,6 +52,12 @@ class PPOConfig:
         """Environment steps, over all environments, in one update."""
         return self.environments * self.rollout
 
+    @property
+    def divided(self) -> dict[str, int]:
+        """What devices share if they don't share seeds."""
+        steps = self.steps_per_update // self.minibatches
+        return {"environments": self.environments, "environments x rollout / minibatches": steps}
+
     @model_validator(mode="after")
     def _check(self):
         if self.steps_per_update % self.minibatches:

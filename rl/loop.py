@@ -68,7 +68,8 @@ def train(experiment: Experiment, *, resume: bool = False) -> None:
 
 
 def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: Mesh) -> Programs:
-    """Compile nothing yet, and decide what is divided over the mesh: seeds if they can be, or environments.
+    """Compile nothing yet, and decide what is divided over the mesh: seeds if they can be, or environments
+    and what is learned from at once.
 
     Raises:
         UserError: if neither divides over the devices.
@@ -77,12 +78,12 @@ def make_programs(experiment: Experiment, env: Env, algorithm: Algorithm, mesh: 
     if seeds % devices == 0:
         place, inner = NamedSharding(mesh, PartitionSpec("data")), None
     else:
-        environments = getattr(experiment, experiment.algorithm).environments
-        if environments % devices:
-            raise UserError(
-                f"neither train.seeds ({seeds}) nor {experiment.algorithm}.environments ({environments}) "
-                f"divides over mesh.data={devices}: choose one that does"
-            )
+        for name, size in getattr(experiment, experiment.algorithm).divided.items():
+            if size % devices:
+                raise UserError(
+                    f"neither train.seeds ({seeds}) nor {experiment.algorithm}.{name} ({size}) divides over "
+                    f"mesh.data={devices}: choose one that does"
+                )
         place, inner = NamedSharding(mesh, PartitionSpec()), mesh
 
     def advance(state: State, count: jax.Array) -> tuple[State, dict[str, jax.Array], jax.Array]:

@@ -22,6 +22,11 @@ class CollectConfig:
     def steps_per_update(self) -> int:
         return self.train_every
 
+    @property
+    def divided(self) -> dict[str, int]:
+        """What devices share if they don't share seeds."""
+        return {"environments": self.environments}
+
     @model_validator(mode="after")
     def _check_train_every(self):
         if self.train_every % self.environments:
@@ -29,6 +34,31 @@ class CollectConfig:
             raise ValueError(
                 f"train_every ({self.train_every}) is not a multiple of environments ({self.environments}), "
                 f"which step together: for example {near}"
+            )
+        return self
+
+
+@config
+class ReplayConfig(CollectConfig):
+    """What is learned from a replay: an update takes `gradient_steps` steps, each on a batch of its own."""
+
+    gradient_steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_starts: int = Field(1000, ge=0)  # after so many environment steps
+    replay_size: int = Field(100_000, ge=1, le=100_000_000)
+    gamma: float = Field(0.99, ge=0, le=1)
+    hidden: Sizes = (128, 128)
+
+    @property
+    def divided(self) -> dict[str, int]:
+        return {"environments": self.environments, "batch_size": self.batch_size}
+
+    @model_validator(mode="after")
+    def _check_replay(self):
+        if self.replay_size < max(self.train_every, self.batch_size):
+            raise ValueError(
+                f"replay_size ({self.replay_size}) is smaller than what comes in at once (train_every, "
+                f"{self.train_every}) or goes out (batch_size, {self.batch_size})"
             )
         return self
 
@@ -55,35 +85,27 @@ class PrioritizedConfig:
 
 
 @config
-class DQNConfig(CollectConfig):
+class DQNConfig(ReplayConfig):
     """Deep Q-learning (Mnih et al. 2015) with double, dueling and prioritized replay as options.
 
-    All intervals are environment steps, over all environments. An update collects `train_every` steps, then
-    takes `gradient_steps` steps, each on a batch of its own from the replay.
+    All intervals are environment steps, over all environments.
     """
 
-    gradient_steps: int = Field(ge=1)
     target_every: int = Field(ge=1)
-    learning_starts: int = Field(1000, ge=0)
-    replay_size: int = Field(100_000, ge=1, le=100_000_000)
-    batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     anneal: bool = False  # the learning rate, linearly to zero
-    gamma: float = Field(0.99, ge=0, le=1)
     epsilon_final: float = Field(0.05, ge=0, le=1)
     epsilon_fraction: float = Field(0.2, gt=0, le=1)  # of the run in which epsilon falls from 1
     # Steps that an exploring action is held on average, then epsilon is that of beginning to explore; where
     # single steps lead nowhere (Dabney et al. 2020, arXiv:2006.01782, whose durations have heavier tails).
     epsilon_hold: float = Field(1.0, ge=1, allow_inf_nan=False)
     clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
-    hidden: Sizes = (128, 128)
     double: bool = True
     dueling: bool = False
     prioritized: PrioritizedConfig | None = None
 
     @model_validator(mode="after")
-    def _check(self):
-        _check_replay(self.replay_size, self.train_every, self.batch_size)
+    def _check_target_every(self):
         if self.target_every % self.train_every:
             raise ValueError(
                 f"target_every ({self.target_every}) is not a multiple of train_every ({self.train_every}), "
@@ -93,7 +115,7 @@ class DQNConfig(CollectConfig):
 
 
 @config
-class DDPGConfig(CollectConfig):
+class DDPGConfig(ReplayConfig):
     """Deep deterministic policy gradient (Lillicrap et al. 2015).
 
     Intervals as for DQN. Until learning starts, actions are noise alone: uniform with `gaussian` noise, the
@@ -101,27 +123,9 @@ class DDPGConfig(CollectConfig):
     the process its diffusion (with theta 0.15 and steps of 0.01, as usual: 1.8 times that when settled).
     """
 
-    gradient_steps: int = Field(ge=1)
-    learning_starts: int = Field(1000, ge=0)
-    replay_size: int = Field(100_000, ge=1, le=100_000_000)
     batch_size: int = Field(128, ge=1)
     actor_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     critic_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     tau: float = Field(0.005, gt=0, le=1)
-    gamma: float = Field(0.99, ge=0, le=1)
     noise: Literal["gaussian", "ornstein_uhlenbeck"] = "gaussian"
     noise_scale: float = Field(0.1, ge=0, allow_inf_nan=False)
-    hidden: Sizes = (128, 128)
-
-    @model_validator(mode="after")
-    def _check(self):
-        _check_replay(self.replay_size, self.train_every, self.batch_size)
-        return self
-
-
-def _check_replay(replay_size: int, train_every: int, batch_size: int) -> None:
-    if replay_size < max(train_every, batch_size):
-        raise ValueError(
-            f"replay_size ({replay_size}) is smaller than what comes in at once (train_every, {train_every}) "
-            f"or goes out (batch_size, {batch_size})"
-        )

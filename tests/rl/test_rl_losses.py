@@ -67,17 +67,53 @@ def test_gradients_of_kl_estimators_used_as_losses():
     assert_allclose(expected(losses.kl_k3), reverse, rtol=1e-5)
 
 
-def test_what_is_masked_may_hold_anything():
-    """Padding has log-probabilities that overflow; neither the loss nor its gradient may see them."""
-    old, mask = jnp.array(OLD), jnp.array(MASK)
-    odd, nan = jnp.where(mask, LOG_PROBS, 500.0), jnp.where(mask, ADVANTAGES, jnp.nan)
-    (loss, told), gradient = jax.value_and_grad(
-        lambda x: losses.ppo_clip_loss(x, old, nan, 0.2, mask), has_aux=True
-    )(odd)
-    expected, _ = losses.ppo_clip_loss(jnp.array(LOG_PROBS), old, jnp.array(ADVANTAGES), 0.2, mask)
-    assert_allclose(loss, expected, rtol=1e-6)
-    assert np.isfinite(gradient).all() and not np.any(gradient[~MASK])
-    assert all(np.isfinite(value) for value in told.values())
+LOSSES = {
+    "ppo": lambda x, y, mask, **named: losses.ppo_clip_loss(x, jnp.array(OLD), y, 0.2, mask, **named)[0],
+    "value": lambda x, y, mask, **named: losses.value_loss(x, y, mask=mask, **named),
+    "clipped value": lambda x, y, mask, **named: losses.value_loss(x, y, y + 0.3, 0.2, mask, **named),
+    "k1": lambda x, y, mask, **named: losses.masked_mean(losses.kl_k1(x, y, mask), mask, **named),
+    "k2": lambda x, y, mask, **named: losses.masked_mean(losses.kl_k2(x, y, mask), mask, **named),
+    "k3": lambda x, y, mask, **named: losses.masked_mean(losses.kl_k3(x, y, mask), mask, **named),
+    "entropy": lambda x, y, mask, **named: losses.masked_mean(
+        losses.categorical_entropy(jnp.stack([x, y], -1), mask), mask, **named
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", [500.0, -np.inf, np.nan])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_masked_may_hold_anything(name, odd):
+    """Padding has log-probabilities that overflow; neither a loss nor its gradient may see them."""
+    loss, mask = LOSSES[name], jnp.array(MASK)
+    value, (gradient, other) = jax.value_and_grad(loss, (0, 1))(
+        jnp.where(mask, LOG_PROBS, odd), jnp.where(mask, ADVANTAGES, odd), mask
+    )
+    whole, tail = jnp.array(LOG_PROBS), jnp.array(ADVANTAGES)
+    expected, (known, known_other) = jax.value_and_grad(loss, (0, 1))(whole, tail, mask)
+    assert_allclose(value, expected, rtol=1e-6)
+    assert_allclose(gradient, known, rtol=1e-6)
+    assert_allclose(other, known_other, rtol=1e-6)
+    assert not np.any(gradient[~MASK]) and np.any(gradient[MASK])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_with_the_whole_count_add_up(name):
+    """Microbatches of different numbers of tokens, as accumulation makes them: exact, with gradients."""
+    loss, args = LOSSES[name], (jnp.array(LOG_PROBS), jnp.array(ADVANTAGES))
+    ragged = jnp.arange(SHAPE[1]) < jnp.array([[5], [1], [2], [5], [0], [3]])
+    whole, gradient = jax.value_and_grad(loss)(*args, ragged)
+    parts = [
+        jax.value_and_grad(loss)(*args, ragged & (jnp.arange(6)[:, None] // 2 == i), total=ragged.sum())
+        for i in range(3)
+    ]
+    assert_allclose(sum(part for part, _ in parts), whole, rtol=1e-5)
+    assert_allclose(sum(part for _, part in parts), gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_a_mask_of_numbers_is_refused():
+    """It looks like weights, which a sum over what isn't 0 would take for 1."""
+    with pytest.raises(TypeError, match="a mask says what counts and is boolean, this one is float32"):
+        losses.where_counted(jnp.ones(3), jnp.ones(3))
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
@@ -108,6 +144,22 @@ def test_normalized_advantages():
     assert_allclose(losses.normalize_advantages(other, jnp.array(MASK)), normal, rtol=1e-6)
     alone = losses.normalize_advantages(jnp.array(ADVANTAGES[MASK]))
     assert_allclose(alone, normal[MASK], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reward", "size"), [(5.3, 8), (-80.4, 16), (1000.1, 7)])
+def test_equal_advantages_are_none(reward, size):
+    """As of a group whose answers are all as good: rounding of the mean is no signal."""
+    equal = jnp.full(size, reward, jnp.float32)
+    assert not losses.normalize_advantages(equal).any()
+    some = jnp.arange(size) % 3 > 0
+    assert not losses.normalize_advantages(jnp.where(some, equal, 1e6), some).any()
+
+
+def test_groups_are_normalized_by_themselves():
+    groups = jnp.array(ADVANTAGES)
+    normal = jax.vmap(losses.normalize_advantages)(groups)
+    theirs = (ADVANTAGES - ADVANTAGES.mean(1, keepdims=True)) / ADVANTAGES.std(1, keepdims=True)
+    assert_allclose(normal, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_counts():

@@ -59,6 +59,7 @@ def by_loop(rewards, values, next_values, terminated, truncated, mask):
         later = 0.0
         for t in reversed(range(steps)):
             if not mask[t, b]:
+                later = 0.0 if terminated[t, b] or truncated[t, b] else later
                 continue
             delta = rewards[t, b] - values[t, b]
             if not terminated[t, b]:
@@ -107,3 +108,33 @@ def test_what_pads_a_sequence_changes_nothing():
     whole = gae(rewards[:4], values[:4], next_values[:4], ended[:4], never[:4], GAMMA, LAMBDA)
     for long, short in zip(padded, whole, strict=True):
         assert_allclose(long, np.concatenate([short, np.zeros((2, 1))]), rtol=1e-6)
+
+
+def test_tokens_of_two_turns():
+    """Rows [B, T] as alignment has them: prompt, answer, the user's second turn, answer, padding. Only what
+    the model wrote counts, the reward stands on its last token, and the value before a gap is that after it.
+    """
+    mask = np.array([[0, 1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0]], bool)
+    values = np.where(mask, np.random.default_rng(2).normal(size=mask.shape), np.nan).astype(np.float32)
+    rewards, next_values = np.full((2, *mask.shape), np.nan, np.float32)
+    terminated, never = np.zeros((2, *mask.shape), bool)
+    expected = np.zeros(mask.shape, np.float32)
+    for row in range(2):
+        (at,) = mask[row].nonzero()
+        rewards[row, at], terminated[row, at[-1]] = [0.0] * (len(at) - 1) + [1.0], True
+        next_values[row, at] = [*values[row, at[1:]], np.nan]
+        later = 0.0
+        for i in reversed(range(len(at))):
+            following = 0.0 if i == len(at) - 1 else values[row, at[i + 1]]
+            later = rewards[row, at[i]] + GAMMA * following - values[row, at[i]] + GAMMA * LAMBDA * later
+            expected[row, at[i]] = later
+    found = gae(rewards, values, next_values, terminated, never, GAMMA, LAMBDA, mask, time_axis=1)
+    assert_allclose(found[0], expected, rtol=1e-5, atol=1e-6)
+    assert_allclose(found[1], np.where(mask, expected + values, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_an_end_on_a_step_that_is_not_there_cuts_the_trace():
+    ended, mask = column(0, 1, 0, dtype=bool), column(1, 0, 1, dtype=bool)
+    zeros = np.zeros((3, 1), np.float32)
+    advantages, _ = gae(column(1, 5, 2), zeros, zeros, ended, np.zeros_like(ended), 1.0, 1.0, mask)
+    assert_allclose(advantages, column(1, 0, 2))
