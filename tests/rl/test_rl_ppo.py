@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -112,7 +111,7 @@ def test_what_does_not_divide_is_named():
     env, algorithm = start.build(made)
     with pytest.raises(UserError, match=r"neither train\.seeds \(3\) nor ppo\.environments \(8\) divides"):
         make_programs(made, env, algorithm, make_mesh(MeshConfig(data=5), jax.devices()[:5]))
-    made = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, environments=10, rollout=5))
+    made = experiment(seeds=3, environments=10, rollout=5)
     with pytest.raises(UserError, match=r"environments x rollout / minibatches \(25\) divides over"):
         make_programs(made, env, algorithm, make_mesh(MeshConfig(data=2), jax.devices()[:2]))
 
