@@ -36,6 +36,8 @@ class TrainConfig:
     negatives: Literal["dense", "local", "chunked"] = "local"
     chunk: int = Field(1024, ge=1)
     remat: Literal["none", "full", "dots"] = "none"
+    # Of both towers. `auto`: cuDNN's where it can, else the reference, see `clip.setup.choose_attention`.
+    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"] = "auto"
     scan_layers: bool = True  # false: a step on a CPU is a tenth faster, and takes longer to compile
 
     @property
