@@ -25,6 +25,7 @@ from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
 from core.start import initial_run
 from llm.model.attention import Backend, choose_backend
+from llm.model.config import BlockShape
 from llm.model.transformer import Compute
 from llm.tokenizer import Tokenizer
 
@@ -96,9 +97,12 @@ def choose_attention(
     Raises:
         UserError: if a tower can't have the backend asked for, with the reason and one that it can have.
     """
-    rows = {"image": (config.image, config.image.num_positions), "text": (config.text, config.text.length)}
+    rows: tuple[tuple[str, BlockShape, int], ...] = (
+        ("image", config.image, config.image.num_positions),
+        ("text", config.text, config.text.length),
+    )
     best = set()
-    for name, (tower, length) in rows.items():
+    for name, tower, length in rows:
         try:
             best.add(
                 choose_backend(asked, platform, tower, dtype=dtype, length=length, isolated=False, context=1)

@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
         description=__doc__.splitlines()[0],
         epilog="Without --images: the run's own held-out split. Writes cases.png (hits and misses), "
         "similarity.png, towers.png (both towers in the plane) and, of classes, confusion.png, confusion.csv "
-        "and classes.csv. Without --templates and --out the figures go into the run's summary.json too, those "
-        "of --images under its last name: of two folders of one name the later stays.",
+        "and classes.csv. Without --templates and --out the figures go into the run's summary.json too, "
+        "those of --images with the folder's own name: of two of one name the later ones stay there.",
     )
     parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(

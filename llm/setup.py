@@ -48,9 +48,8 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     if experiment.init.source is not None and not RunFolder(experiment.run.folder).has_checkpoint:
-        initial_run(
-            experiment.init.source, LANGUAGE_MODEL
-        )  # before a folder of this run's stands where it is missing
+        # Before a folder of this run's stands where it is missing.
+        initial_run(experiment.init.source, LANGUAGE_MODEL)
     model, optimizer = _model(experiment, mesh)
     run = RunFolder(experiment.run.folder)
     on_first(lambda: _create(run, experiment, resume))
