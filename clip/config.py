@@ -38,7 +38,7 @@ class TrainConfig:
     remat: Literal["none", "full", "dots"] = "none"
     # Of both towers. `auto`: cuDNN's where it can, else the reference, see `clip.setup.choose_attention`.
     attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"] = "auto"
-    scan_layers: bool = True  # false: a step on a CPU is a tenth faster, and takes longer to compile
+    scan_layers: bool = True  # false: a step on a CPU takes a tenth less time, and longer to compile
 
     @property
     def average(self) -> None:

@@ -41,13 +41,13 @@ def kind_of(config: Path) -> Kind | None:
     return LANGUAGE_MODEL if _has(tree, "data", "sequence_length") else None
 
 
-def require_kind(wanted: Kind, folder: Path, config: Path) -> None:
+def require_kind(folder: Path, config: Path, *wanted: Kind) -> None:
     """Raise `UserError` if the run in `folder` is known to be of another kind, naming what reads it."""
     found = kind_of(config)
-    if found is not None and found != wanted:
+    if found is not None and found not in wanted:
         raise UserError(
-            f"{folder} is a run of {found.name}, and this takes one of {wanted.name}; "
-            f"what reads it: {found.command.format(folder)}"
+            f"{folder} is a run of {found.name}, and this takes one of "
+            f"{' or '.join(kind.name for kind in wanted)}; what reads it: {found.command.format(folder)}"
         )
 
 

@@ -149,7 +149,7 @@ class RunFolder:
             )
             raise UserError(f"{folder} holds no run (no config.yaml); {hint}")
         if kind is not None:
-            require_kind(kind, folder, run.config)
+            require_kind(folder, run.config, kind)
         return run
 
     def read_summary(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def initial_run(source: str, kind: Kind) -> RunFolder:
             "folder with --set init.from=..."
         ) from None
     try:
-        require_kind(kind, run.path, run.config)
+        require_kind(run.path, run.config, kind)
     except UserError as error:
         raise UserError(f"init.from: {error}") from None
     return run

@@ -79,10 +79,9 @@ def read_experiment(run: RunFolder) -> Experiment | DualExperiment:
     Raises:
         UserError: for a run of another kind, and as `core.config.load` does.
     """
-    if kind_of(run.config) == DUAL_ENCODER:
-        return load(DualExperiment, run.config)
-    require_kind(LANGUAGE_MODEL, run.path, run.config)
-    return load(Experiment, run.config)
+    require_kind(run.path, run.config, LANGUAGE_MODEL, DUAL_ENCODER)
+    is_dual = kind_of(run.config) == DUAL_ENCODER
+    return load(DualExperiment, run.config) if is_dual else load(Experiment, run.config)
 
 
 def shapes_of(config: ModelConfig | CLIPConfig) -> dict[str, Shape]:
