@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.worker import Worker, serve
+from core.errors import require, run_command
 
 CONFIG = "configs/rl/ppo-cartpole-wide.yaml"
 EPOCHS = 10  # stable-baselines3's default
@@ -35,16 +36,17 @@ GROWTH = {
 }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10, help="of each turn, about")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth", action="store_true", help="also with environments and seeds")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         return serve(functools.partial(start, json.loads(args.worker)))
+    require("bench", "stable_baselines3", "gymnasium", "gymnax", "flashbax", "six")
     results = {"rounds": compare(args.seconds, args.rounds)}
     if args.growth:
         results["growth"] = {axis: grow(options, args.seconds) for axis, options in GROWTH.items()}
@@ -146,4 +148,4 @@ def _stable_baselines3() -> Callable[[float], float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -146,12 +146,13 @@ def _names(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
     import yaml
 
     try:
-        names = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # Texts all of them: to others the folder 01 is the number 1, and the class no is False.
+        names = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--names {file} can't be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not all(name and isinstance(name, str) for name in names.values()):
         raise UserError(f"--names {file}: write a line a folder, `folder: name`")
-    given = {str(folder).replace("_", " "): name for folder, name in names.items()}
+    given = {folder.replace("_", " "): name for folder, name in names.items()}
     missing = [folder for folder in folders if folder not in given]
     if missing:
         raise UserError(f"--names {file} has no name for {', '.join(missing[:5])}")

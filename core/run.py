@@ -9,6 +9,7 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -33,6 +34,7 @@ from core.kinds import Kind, require_kind
 # has stopped for it.)
 MAY_CHANGE = ("run", "mesh", "checkpoint", "eval", "divergence", "data.cache", "data.workers")
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -116,6 +118,8 @@ class RunFolder:
                         "(--set run.name=...), or delete the folder"
                     )
                 _require_same_config(run.config, config_yaml)
+            elif resume:
+                _log.info("%s holds no run to go on with: one begins", folder)
             starts = _read_starts(run.environment)
             write_atomically(run.config, config_yaml)
             write_atomically(run.environment, json.dumps([*starts, describe_environment()], indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,20 @@ from rl.envs.wrapper import Continuous, Discrete
 
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 Initializer = Callable[..., jax.Array]  # key, shape, dtype -> values
+
+
+def orthogonal(scale: float | int) -> Initializer:
+    """Kernels with orthonormal rows or columns, times `scale` (Saxe et al. 2014).
+
+    One after another where `vmap` asks for many, as for the seeds of a run: on a CPU each of several batched
+    QR decompositions at once can hold a thread of XLA's pool while it waits for another thread (jax 0.10.2).
+    """
+    initialize = jax.nn.initializers.orthogonal(scale)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.custom_batching.sequential_vmap(lambda key: initialize(key, shape, dtype))(key)
+
+    return init
 
 
 class Dense(nnx.Module):
@@ -63,7 +78,6 @@ class ActorCritic(nnx.Module):
         activation: str,
         rngs: nnx.Rngs,
     ):
-        orthogonal = jax.nn.initializers.orthogonal
         self.actor = MLP(shape, hidden, activation, orthogonal(math.sqrt(2)), rngs)
         self.critic = MLP(shape, hidden, activation, orthogonal(math.sqrt(2)), rngs)
         outputs = actions.n if isinstance(actions, Discrete) else actions.size

@@ -19,6 +19,11 @@ _WIDTH, _HEIGHT = 360, 240
 _SCALE = 2  # drawn larger and reduced, which smooths the edges
 _FPS = 30
 
+# White where no channel is set. MinAtar's Seaquest has the most channels, ten.
+_CHANNELS = (
+    "#ffffff", BLUE, RED, "#f3c9cf", COLORS[4], COLORS[2], COLORS[3], COLORS[5], INK, "#a7c7dd", "#bfe0cd",
+)  # fmt: skip
+
 Point = tuple[float | int, float | int]
 
 
@@ -101,13 +106,11 @@ def mountain_car(state: Any) -> Image.Image:
     return canvas.done()
 
 
-def breakout(state: Any) -> Image.Image:
-    cells = np.zeros((10, 10), int)
-    cells[np.asarray(state.brick_map) > 0] = 4
-    cells[int(state.last_y), int(state.last_x)] = 3
-    cells[int(state.ball_y), int(state.ball_x)] = 2
-    cells[9, int(state.pos)] = 1
-    return squares(cells, ("#ffffff", BLUE, RED, "#f3c9cf", COLORS[4]))
+def planes(env: Env, state: Any) -> Image.Image:
+    """An observation [rows, columns, channels], a colour for each channel, the first ones in front."""
+    shown = np.asarray(env.inner.get_obs(state, env.params))
+    channels = shown.reshape(*shown.shape[:2], -1) > 0
+    return squares(np.where(channels.any(-1), 1 + channels.argmax(-1), 0), _CHANNELS)
 
 
 def grid_world(world: Grid, state: Any) -> Image.Image:
@@ -132,14 +135,19 @@ PICTURES: dict[str, Callable[[Any], Image.Image]] = {
     "Acrobot-v1": acrobot,
     "MountainCar-v0": mountain_car,
     "MountainCarContinuous-v0": mountain_car,
-    "Breakout-MinAtar": breakout,
 }
 
 
 def refuse_unseen(env: Env) -> None:
     """Raises UserError if that environment has no picture."""
-    if not isinstance(env.inner, Grid) and env.name not in PICTURES:
-        raise UserError(f"{env.name} has no picture; those that have one: {', '.join([*PICTURES, *GRIDS])}")
+    if not (isinstance(env.inner, Grid) or env.name in PICTURES or _shows_planes(env)):
+        known = ", ".join([*PICTURES, *GRIDS])
+        raise UserError(f"{env.name} has no picture; what has one: {known}, and all that show planes")
+
+
+def _shows_planes(env: Env) -> bool:
+    shape = env.observation_shape
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] < len(_CHANNELS))
 
 
 def draw(env: Env, state: Any) -> Image.Image:
@@ -149,7 +157,9 @@ def draw(env: Env, state: Any) -> Image.Image:
         UserError: if that environment has no picture.
     """
     refuse_unseen(env)
-    return grid_world(env.inner, state) if isinstance(env.inner, Grid) else PICTURES[env.name](state)
+    if isinstance(env.inner, Grid):
+        return grid_world(env.inner, state)
+    return PICTURES[env.name](state) if env.name in PICTURES else planes(env, state)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rl.networks import MLP, Dense
+from rl.networks import MLP, Dense, orthogonal
 
 # Uniform within 1 / sqrt(inputs), as Lillicrap et al. 2015 have it (and PyTorch). With the larger orthogonal
 # kernels of `rl.networks` first values are so steep that a cart pole's were not yet learned at the end.
 _SMALL = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # Of last layers: first actions are the noise's alone, first values say nothing.
-_NEAR_ZERO = jax.nn.initializers.orthogonal(0.01)
+_NEAR_ZERO = orthogonal(0.01)
 
 
 class QNetwork(nnx.Module):

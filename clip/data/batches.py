@@ -12,6 +12,7 @@ number.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,8 @@ from llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     Array = Any  # NumPy's from here, JAX's inside a step
+
+_log = logging.getLogger(__name__)
 
 AHEAD = 4  # batches made before they are asked for
 
@@ -103,7 +106,13 @@ def batches(
         return Batch(images, *encode_captions(tokenizer, captions, length))
 
     numbers = numbers if isinstance(numbers, Sequence) else tuple(numbers)
-    source = _Numbered(numbers, batch_size or config.batch_size, rows)
+    batch_size = batch_size or config.batch_size
+    if train and batch_size > len(split):
+        _log.warning(
+            "data.batch_size (%d) is more than the %d images to train on, so that a batch has an image twice "
+            "and tells it from itself: lower it", batch_size, len(split),
+        )  # fmt: skip
+    source = _Numbered(numbers, batch_size, rows)
     yield from _ahead(source, make, config.workers)
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from clip.data.config import DataConfig, Source
-from clip.data.images import BrokenImage, decode, from_array
+from clip.data.images import BrokenImage, Unread, decode, from_array
 from clip.data.scenes import Scenes
 from clip.data.sources.classes import open_classes
 from clip.data.sources.hubs import open_huggingface, open_tfds
@@ -105,7 +106,10 @@ def open_splits(config: DataConfig, seed: int, cache: Path) -> Splits:
     train = [_open(source, f"data.sources.{number}") for number, source in enumerate(config.sources)]
     held = [_open(source, f"data.heldout.{number}") for number, source in enumerate(config.heldout or ())]
     classes = _classes([*train, *held])
-    entries, others = (_entries(group, classes, config.broken_fraction, cache) for group in (train, held))
+    entries, others = (
+        _merged(_entries(group, classes, config.broken_fraction, cache), key)
+        for group, key in ((train, "data.sources"), (held, "data.heldout"))
+    )
     if held:
         taken = {entry.digest for entry in others}
         kept = [entry for entry in entries if entry.digest not in taken]
@@ -137,22 +141,33 @@ def _classes(sources: Sequence[Images]) -> Classes | None:
 def _entries(
     sources: Iterable[Images], classes: Classes | None, broken_fraction: float | int, cache: Path
 ) -> list[Entry]:
-    """The intact images of some sources, each content once."""
-    found: dict[str, Entry] = {}
+    """The intact images of some sources."""
+    entries = []
     labels = {name: label for label, name in enumerate(classes.names)} if classes else {}
     for source in sources:
         verdicts = _look(source, cache)
         _report(source, verdicts, broken_fraction)
         for index, verdict in enumerate(verdicts):
-            if verdict.reason is not None:
-                continue
-            label = labels.get(verdict.class_name or "")
-            entry = Entry(source, index, verdict.digest, verdict.captions, label)
-            known = found.setdefault(verdict.digest, entry)
-            if known is not entry:
-                captions = tuple(dict.fromkeys((*known.captions, *entry.captions)))
-                label = known.label if known.label is not None else label
-                found[verdict.digest] = known._replace(captions=captions, label=label)
+            if verdict.reason is None:
+                label = labels.get(verdict.class_name or "")
+                entries.append(Entry(source, index, verdict.digest, verdict.captions, label))
+    return entries
+
+
+def _merged(entries: Sequence[Entry], key: str) -> list[Entry]:
+    """Each content once, with the captions of all its copies and the class of the first that has one."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        known = found.setdefault(entry.digest, entry)
+        if known is not entry:
+            captions = tuple(dict.fromkeys((*known.captions, *entry.captions)))
+            label = known.label if known.label is not None else entry.label
+            found[entry.digest] = known._replace(captions=captions, label=label)
+    if len(found) < len(entries):
+        _log.info(
+            "%s: %s of %s images are copies of others: merged, with all captions and the class of the first",
+            key, f"{len(entries) - len(found):,}", f"{len(entries):,}",
+        )  # fmt: skip
     return list(found.values())
 
 
@@ -176,34 +191,67 @@ class _Verdict(NamedTuple):
 
 
 def _look(source: Images, cache: Path) -> list[_Verdict]:
-    """Decode every image of a source once, or read what was found when that was done."""
-    file = cache / "images" / f"{source.fingerprint}.json"
+    """Decode every image of a source once, or read what was found when that was done.
+
+    Raises:
+        UserError: for images that can't be read for a reason that may pass. Without them the data would be
+            other data when the same command runs again. What was found of the rest is kept.
+    """
+    # What one version of Pillow can't decode another can.
+    file = cache / "images" / f"{source.fingerprint}-{PIL.__version__}.json"
+    found = _kept(file)
+    numbers = [number for number in range(len(source)) if number not in found]
+    if numbers:
+        looked, unread = _look_at(source, numbers)
+        found |= looked
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(found))
+        if unread:
+            raise UserError(
+                f"{source.label}: {len(unread):,} of {len(source):,} images can't be read now ({unread[0]}): "
+                "run the same command again, or take them out of the source if that stays so"
+            )
+    return [found[number] for number in range(len(source))]
+
+
+def _kept(file: Path) -> dict[int, _Verdict]:
+    """What was found of a source's images by their number: nothing where the file is missing or damaged."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return [_Verdict(digest, reason, tuple(captions), name) for digest, reason, captions, name in kept]
-    except (OSError, ValueError, TypeError):  # missing or damaged: made anew
-        pass
+        return {
+            int(number): _Verdict(digest, reason, tuple(captions), name)
+            for number, (digest, reason, captions, name) in kept.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
-    def look(index: int) -> _Verdict:
+
+def _look_at(source: Images, numbers: Sequence[int]) -> tuple[dict[int, _Verdict], list[str]]:
+    """What is found of these images, and which of them could not be read this time, and why."""
+    unread = []
+
+    def look(number: int) -> _Verdict | None:
         try:
-            raw = source.read(index)
+            raw = source.read(number)
             _decode(raw)
             return _Verdict(_digest(raw), None, raw.captions, raw.class_name)
+        except Unread as error:
+            unread.append(f"{source.name(number)}: {error}")
+            return None
         except BrokenImage as error:
             return _Verdict("", str(error), (), None)
 
-    verdicts = []
+    found = {}
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
-        progress(f"looking at the images of {source.label}", len(source)) as update,
+        progress(f"looking at the images of {source.label}", len(numbers)) as update,
     ):
-        for verdict in threads.map(look, range(len(source))):
-            verdicts.append(verdict)
-            if len(verdicts) % 100 == 0 or len(verdicts) == len(source):
-                update(len(verdicts))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(verdicts))
-    return verdicts
+        for done, (number, verdict) in enumerate(zip(numbers, threads.map(look, numbers), strict=True), 1):
+            if verdict is not None:
+                found[number] = verdict
+            if done % 100 == 0 or done == len(numbers):
+                update(done)
+    return found, unread
 
 
 def _report(source: Images, verdicts: Sequence[_Verdict], broken_fraction: float | int) -> None:
@@ -236,12 +284,20 @@ def _digest(raw: Raw) -> str:
 def open_labelled(folder: str, key: str, cache: Path, broken_fraction: float | int) -> Photos:
     """All images of a folder with a folder a class, to be classified; broken ones are named and left out.
 
+    Copies count as often as they are there, as in the figures of others.
+
     Args:
         key: what the user knows `folder` by.
 
     Raises:
-        UserError: for what is no such folder, or more than `broken_fraction` of broken images.
+        UserError: for what is no such folder or has but one class, or more than `broken_fraction` of broken
+            images.
     """
     sources = [_open(Source(classes=folder), key)]
     classes = _classes(sources)
+    if classes and len(classes.names) == 1:
+        raise UserError(
+            f"{key}: {folder} has images of one class only ({classes.names[0]!r}), and nothing to choose "
+            "from: name the folder that holds a folder for each class"
+        )
     return Photos(tuple(_entries(sources, classes, broken_fraction, cache)), classes)

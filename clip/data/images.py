@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import warnings
@@ -14,10 +15,24 @@ LARGEST_PIXELS = 100_000_000  # a larger image is taken for an attack or a mista
 _WIDEST = 4 / 3  # width to height of a random crop, as in torchvision; its inverse is the narrowest
 _TRIES = 10
 _LONGEST_SIDE = 100  # times the other, which is scaled to the size of the model's images
+# Errors of the machine, its disk or its network, not of the file that was to be read.
+_PASSING = {
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOTCONN, errno.EHOSTDOWN,
+}  # fmt: skip
 
 
 class BrokenImage(Exception):
     """Bytes that are no image that can be used. The message is the reason."""
+
+
+class Unread(BrokenImage):
+    """Bytes that may be read the next time."""
+
+
+def unread(error: Exception, reason: str) -> BrokenImage:
+    """What is to be raised where an error kept a file from being read."""
+    return (Unread if getattr(error, "errno", None) in _PASSING else BrokenImage)(reason)
 
 
 def decode(data: bytes) -> Image.Image:

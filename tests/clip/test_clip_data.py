@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import threading
 import zlib
@@ -224,6 +225,20 @@ def test_an_epoch_has_each_image_once_and_draws_captions_anew(tokenizer):
     assert 170 < drawn < 250
     plain = make(tokenizer, range(2), split=Few(), train=False)
     assert np.concatenate([batch.images[:, 0, 0, 0] for batch in plain]).tolist() == [*range(7), *range(5)]
+
+
+def test_a_batch_of_more_than_all_images_is_pointed_out(tokenizer, caplog):
+    config = DataConfig(batch_size=1)
+    for size, train in ((7, True), (8, False), (8, True)):
+        assert not caplog.messages
+        options = {"size": 9, "length": 12, "numbers": range(1), "seed": 0, "batch_size": size}
+        (batch,) = batches(Few(), tokenizer, config, **options, train=train)
+        assert len(batch.images) == size
+    assert caplog.record_tuples[0][1:] == (
+        logging.WARNING,
+        "data.batch_size (8) is more than the 7 images to train on, so that a batch has an image twice and "
+        "tells it from itself: lower it",
+    )
 
 
 def test_closing_ends_the_threads(tokenizer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import zipfile
 from pathlib import Path
 
@@ -60,7 +62,8 @@ def test_tables_and_archives_give_the_same_examples(folder):
     assert everything(zipped) == found and zipped.heldout.fingerprint == splits.heldout.fingerprint
 
 
-def test_copies_of_an_image_are_one_example(folder):
+def test_copies_of_an_image_are_one_example(folder, caplog):
+    caplog.set_level(logging.INFO)
     for i in range(COUNT):
         (folder / "images" / f"copy{i}.png").write_bytes((folder / "images" / f"{i}.png").read_bytes())
     with open(folder / "t.csv", "a") as file:
@@ -68,6 +71,71 @@ def test_copies_of_an_image_are_one_example(folder):
     splits = opened(folder, table(folder), heldout_fraction=0.4)
     assert len(everything(splits)) == len(splits.train) + len(splits.heldout) == COUNT
     assert {len(captions) for captions in everything(splits).values()} == {3}
+    assert f"data.sources: {COUNT} of {2 * COUNT} images are copies of others: merged" in caplog.text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_may_be_larger_than_a_picture(folder, monkeypatch, caplog, kind, packed):
+    source, largest = table(folder, kind), (folder / f"t.{kind}").stat().st_size - 1
+    if packed:
+        with zipfile.ZipFile(folder / "p.zip", "w") as archive:
+            archive.write(folder / f"t.{kind}", f"t.{kind}")
+        source = Source(**{kind: f"{folder}/p.zip/t.{kind}", "images": str(folder / "images")})
+    with open(folder / "images" / "5.png", "ab") as file:
+        file.write(bytes(largest))
+    monkeypatch.setattr("clip.data.sources.folder.LARGEST_BYTES", largest)
+    assert len(everything(opened(folder, source, broken_fraction=0.1))) == COUNT - 1
+    assert "1 of 40 images or rows are broken (5.png: " in caplog.text and "bytes are too many" in caplog.text
+
+
+def failing(monkeypatch, name: str, code: int) -> list[str]:
+    """Let files of that name fail to open with this error; the names of all that are opened."""
+    names = []
+
+    def fail(path, *arguments):
+        names.append(path.name)
+        if path.name == name:
+            raise OSError(code, os.strerror(code))
+        return open(path, *arguments)
+
+    monkeypatch.setattr("clip.data.sources.folder.open", fail, raising=False)
+    return names
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+def test_an_error_that_may_pass_is_not_kept(folder, monkeypatch, code):
+    with monkeypatch.context() as patch:
+        failing(patch, "3.png", code)
+        with pytest.raises(
+            UserError,
+            match=rf"1 of 40 images can't be read now \(3\.png: {os.strerror(code)}\): run",
+        ):
+            opened(folder, table(folder), broken_fraction=0.5)
+    opened_files = failing(monkeypatch, "no file", code)
+    splits = opened(folder, table(folder))
+    assert opened_files == ["t.csv", "3.png"]  # of the others it is known that they are intact
+    assert len(splits.train) + len(splits.heldout) == COUNT
+
+
+def test_an_error_of_the_file_itself_is_a_broken_image(folder, monkeypatch):
+    failing(monkeypatch, "3.png", errno.EACCES)
+    for _ in range(2):
+        assert len(everything(opened(folder, table(folder), broken_fraction=0.05))) == COUNT - 1
+    monkeypatch.undo()
+    file = folder / "images" / "3.png"
+    file.chmod(file.stat().st_mode ^ 0o020)  # mended: looked at again
+    assert len(everything(opened(folder, table(folder)))) == COUNT
+
+
+def test_another_pillow_looks_again(folder, monkeypatch):
+    (folder / "images" / "4.png").write_bytes(b"of a format to come")
+    for version, intact in (("1.0", COUNT - 1), ("1.0", COUNT - 1), ("2.0", COUNT)):
+        monkeypatch.setattr("PIL.__version__", version)
+        if version == "2.0":
+            monkeypatch.setattr("clip.data.corpus.decode", lambda data: Image.new("RGB", (5, 5)))
+        splits = opened(folder, table(folder), broken_fraction=0.05)
+        assert len(splits.train) + len(splits.heldout) == intact
 
 
 def test_broken_images_are_named_and_limited(folder, caplog):

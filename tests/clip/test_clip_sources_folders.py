@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -88,6 +90,58 @@ def test_classes_are_folders_on_disk_and_in_archives(folder):
 def test_a_folder_without_classes_is_named(folder):
     with pytest.raises(UserError, match=r"^--images: .*cat has no folder with images .*: each class is a"):
         open_labelled(str(folder / "classes" / "cat"), "--images", folder / "cache", 0.01)
+
+
+def test_linked_folders_are_classes_and_loops_end(folder):
+    subset = folder / "subset"
+    (subset / "tiger").mkdir(parents=True)
+    (subset / "tiger" / "0.png").write_bytes(encoded(200))
+    (subset / "tiger" / "back").symlink_to(subset)
+    (subset / "house_cat").symlink_to(folder / "classes" / "cat")
+    (subset / "old_cat").symlink_to(folder / "classes" / "cat")
+    (subset / "polar_bear").symlink_to("../classes/polar_bear", target_is_directory=True)
+    found = open_labelled(str(subset), "--images", folder / "cache", 0.01)
+    assert found.classes.names == ("house cat", "old cat", "polar bear", "tiger")
+    names = [found[i].id for i in range(len(found))]
+    expected = [f"{name}/{i}.png" for name in ("house_cat", "old_cat") for i in range(COUNT)]
+    assert names == [*expected, *(f"polar_bear/deep/{i}.png" for i in range(COUNT)), "tiger/0.png"]
+
+
+def test_all_copies_are_measured_each_as_its_own_class(folder):
+    (folder / "classes" / "polar_bear" / "cat.png").write_bytes(encoded(0))
+    (folder / "classes" / "cat" / "copy.png").write_bytes(encoded(0))
+    found = open_labelled(str(folder / "classes"), "--images", folder / "cache", 0.01)
+    labels = {found[i].id: found.label(i) for i in range(len(found))}
+    assert len(labels) == len(found) == COUNT * len(CLASSES) + 2
+    assert [labels[name] for name in ("cat/0.png", "cat/copy.png", "polar_bear/cat.png")] == [0, 0, 2]
+    splits = opened(folder, Source(classes=str(folder / "classes")), heldout_fraction=0.4)
+    assert len(splits.train) + len(splits.heldout) == COUNT * len(CLASSES)
+    assert not examples(splits.train).keys() & examples(splits.heldout).keys()
+
+
+def test_one_class_leaves_nothing_to_choose(folder):
+    for name in ("great_white_shark", "polar_bear"):
+        shutil.rmtree(folder / "classes" / name)
+    with pytest.raises(UserError, match=r"^--images: .*classes has images of one class only \('cat'\)"):
+        open_labelled(str(folder / "classes"), "--images", folder / "cache", 0.01)
+    assert len(opened(folder, Source(classes=str(folder / "classes"))).train)
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_classes_that_lie_deeper_are_pointed_out(folder, caplog, archive):
+    opened(folder, Source(classes=str(folder / "classes")))  # polar_bear/deep is no choice
+    assert "folders of images" not in caplog.text
+    path = str(folder)
+    if archive:
+        path = str(packed(folder))
+        shutil.rmtree(folder / "classes")
+    with contextlib.suppress(UserError):  # one class
+        open_labelled(path, "--images", folder / "cache", 0.01)
+    top = "in" if archive else "classes"
+    assert (
+        f"--images: the classes are the folders in {path}, such as {top}, which has folders of images in it "
+        f"(cat, great_white_shark, polar_bear): if those are the classes, name {path}/{top}"
+    ) in caplog.text
 
 
 def test_what_is_in_both_sides_is_held_out(folder, caplog):

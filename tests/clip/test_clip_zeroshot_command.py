@@ -168,6 +168,15 @@ def test_mistakes_are_told(run, folders, arguments, message):
         zeroshot.main(["--run", str(run), *(str(folders) if a == "DATA" else a for a in arguments)])
 
 
+def test_names_are_of_folders_that_look_like_numbers(run, folders, tmp_path):
+    for folder, name in (("house_cat", "01"), ("dog", "no"), ("dog", "3")):
+        (tmp_path / name).symlink_to(folders / folder)
+    names = tmp_path / "names.yaml"
+    names.write_text("01: cat\nno: dog\n")
+    with pytest.raises(UserError, match=r"has no name for 3$"):
+        zeroshot.main(["--run", str(run), "--images", str(tmp_path), "--names", str(names)])
+
+
 def test_help_needs_no_jax():
     code = (
         "import sys, clip.zeroshot as z\ntry: z.main(['--help'])\nexcept SystemExit: pass\n"

@@ -71,8 +71,10 @@ def test_what_stopped_before_its_first_step_begins_anew(tmp_path):
     assert RunFolder.create(tmp_path / "r", other).config.read_text() == other
 
 
-def test_resume_without_a_run_begins_one(tmp_path):
-    assert RunFolder.create(tmp_path / "r", CONFIG, resume=True).config.read_text() == CONFIG
+def test_resume_without_a_run_begins_one_and_says_so(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        assert RunFolder.create(tmp_path / "r", CONFIG, resume=True).config.read_text() == CONFIG
+    assert f"{tmp_path / 'r'} holds no run to go on with: one begins" in caplog.text
 
 
 def test_resume_adds_a_start_and_saves_the_configuration(tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 
 from clip.data.config import TEMPLATES, Source
 from clip.data.sources.folder import Folder, open_folder
 from clip.data.sources.source import Broken, Raw, of_class
 from core.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -57,7 +60,21 @@ def open_classes(source: Source, key: str) -> ClassFolders:
             f"{key}: {source.classes} has no folder with images ({', '.join(SUFFIXES)}): each class is a "
             "folder of its own"
         )
+    _warn_of_folders_in_classes(names, source.classes, key)
     return ClassFolders(source.classes, (), names, source.templates or TEMPLATES, folder)
+
+
+def _warn_of_folders_in_classes(names: tuple[str, ...], path: str, key: str) -> None:
+    """As of `photos/train/cat/0.png` under `photos`: more likely of class cat than of class train."""
+    inner = {tuple(name.split("/")[:2]) for name in names if name.count("/") > 1}
+    outer = sorted({name for name, _ in inner})
+    if len(inner) > len(outer):  # else a folder for the images of a class, as Tiny ImageNet has it
+        first = outer[0]
+        among = ", ".join(sorted(name for place, name in inner if place == first)[:3])
+        _log.warning(
+            "%s: the classes are the folders in %s, such as %s, which has folders of images in it (%s): if "
+            "those are the classes, name %s/%s", key, path, first, among, path, first,
+        )  # fmt: skip
 
 
 def _class_name(name: str) -> str:

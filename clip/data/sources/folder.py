@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from clip.data.images import BrokenImage
+from clip.data.images import BrokenImage, unread
 from core.errors import UserError
 
-LARGEST_BYTES = 256_000_000  # of one file: what is larger is no picture
+LARGEST_BYTES = 256_000_000  # of a picture: what is larger is none
 
 
 @runtime_checkable
@@ -21,12 +21,12 @@ class Folder(Protocol):
     """Files by their names, which are relative and have slashes."""
 
     def names(self) -> list[str]:
-        """All files in it and below, sorted; none that is hidden."""
+        """All files in it and below, sorted; none that is hidden. Links are followed."""
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, picture: bool = True) -> bytes:
         """
         Raises:
-            BrokenImage: for a file that is missing, too large or can't be read.
+            BrokenImage: for a file that is missing or can't be read, or is too large for a picture.
         """
 
     def stamp(self, names: Iterable[str]) -> str:
@@ -44,28 +44,35 @@ class DiskFolder:
 
     def names(self) -> list[str]:
         found = []
-        for folder, folders, files in os.walk(self.path):
+        parents: dict[str, frozenset[str]] = {os.fspath(self.path): frozenset()}  # of the folders to come
+        for folder, folders, files in os.walk(self.path, followlinks=True):
+            here, above = os.path.realpath(folder), parents.pop(folder)
+            if here in above:  # a link to a folder that it lies in
+                folders.clear()
+                continue
             folders[:] = [name for name in folders if _visible(name)]
+            parents |= dict.fromkeys((os.path.join(folder, name) for name in folders), above | {here})
             relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
             found += [posixpath.normpath(f"{relative}/{name}") for name in files if _visible(name)]
         return sorted(found)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, picture: bool = True) -> bytes:
         try:
             with open(self.path / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return file.read() if size <= LARGEST_BYTES else _too_large(size)
+                if picture:
+                    _limit(os.fstat(file.fileno()).st_size)
+                return file.read()
         except FileNotFoundError:
             raise BrokenImage("there is no such file") from None
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
-            raise BrokenImage(getattr(error, "strerror", None) or str(error)) from None
+            raise unread(error, getattr(error, "strerror", None) or str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
         digest = hashlib.blake2b(str(self.path.resolve()).encode(), digest_size=8)
         for name in names:
             try:
                 status = os.stat(self.path / name)
-                stamp = f"{status.st_size} {status.st_mtime_ns}"
+                stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_mode}"
             except (OSError, ValueError):
                 stamp = "missing"
             digest.update(repr((name, stamp)).encode())
@@ -98,16 +105,16 @@ class ZipFolder:
     def names(self) -> list[str]:
         return sorted(name for name in self._members if all(map(_visible, name.split("/"))))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, picture: bool = True) -> bytes:
         info = self._members.get(name)
         if info is None:
             raise BrokenImage("there is no such file in the archive")
-        if info.file_size > LARGEST_BYTES:
-            _too_large(info.file_size)
+        if picture:
+            _limit(info.file_size)
         try:
             return self._zip.read(info)
         except Exception as error:  # of checksums, of decompression, of passwords
-            raise BrokenImage(str(error)) from None
+            raise unread(error, str(error)) from None
 
     def stamp(self, names: Iterable[str]) -> str:
         found = [(name, self._members.get(name)) for name in names]
@@ -154,7 +161,7 @@ def open_file(path: str, key: str) -> tuple[bytes, Folder]:
         raise UserError(f"{key}: {path} is a folder: name the file in it")
     try:
         folder = open_folder(str(full.parent), key)
-        return folder.read(full.name), folder
+        return folder.read(full.name, picture=False), folder
     except BrokenImage as error:
         raise UserError(f"{key}: {path} can't be read: {error}") from None
 
@@ -163,5 +170,6 @@ def _visible(name: str) -> bool:
     return not name.startswith(".") and name not in ("__MACOSX", "Thumbs.db")
 
 
-def _too_large(size: int) -> bytes:
-    raise BrokenImage(f"{size:,} bytes are too many")
+def _limit(size: int) -> None:
+    if size > LARGEST_BYTES:
+        raise BrokenImage(f"{size:,} bytes are too many")

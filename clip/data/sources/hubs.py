@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clip.data.config import TEMPLATES, Source
-from clip.data.images import BrokenImage
+from clip.data.images import BrokenImage, unread
 from clip.data.sources.source import Broken, Raw, captions_of, field, of_class
 from core.errors import UserError
 from llm.data.sources.document import import_extra
@@ -45,7 +45,7 @@ class Records:
         try:
             record = self.records[index]
         except Exception as error:  # of parsing, of decoding, of reading: no common base
-            raise BrokenImage(_first_line(error)) from None
+            raise unread(error, _first_line(error)) from None
         image = field(record, self.image.split("/"))
         if isinstance(image, dict):  # how Hugging Face keeps an image that it has not decoded
             image = image["bytes"] if image.get("bytes") is not None else _read(image.get("path"))
@@ -149,7 +149,7 @@ def _read(path: str | None) -> bytes:
         with open(path or "", "rb") as file:
             return file.read()
     except OSError as error:
-        raise BrokenImage(f"{path}: {error.strerror}") from None
+        raise unread(error, f"{path}: {error.strerror}") from None
 
 
 def _fingerprint(*parts: Any) -> str:

@@ -82,9 +82,9 @@ def open_table(source: Source, key: str) -> Table:
         first = f": {broken[0].place}: {broken[0].reason}" if broken else ""
         raise UserError(f"{key}: {path} names no image with a caption{first}")
     rows = tuple((name, tuple(dict.fromkeys(captions))) for name, captions in found.items())
-    parts = (data, image, caption, source.images)
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-    return Table(path, tuple(broken), rows, folder, digest)
+    digest = hashlib.blake2b(data, digest_size=8)
+    digest.update(repr((image, caption, source.images)).encode())
+    return Table(path, tuple(broken), rows, folder, digest.hexdigest())
 
 
 def _inside(name: Any, folder: Folder) -> str:
