@@ -36,7 +36,9 @@ class TrainConfig:
     negatives: Literal["dense", "local", "chunked"] = "local"
     chunk: int = Field(1024, ge=1)
     remat: Literal["none", "full", "dots"] = "none"
-    scan_layers: bool = True  # false: a step on a CPU is a tenth faster, and takes longer to compile
+    # Of both towers. `auto`: cuDNN's where it can, else the reference, see `clip.setup.choose_attention`.
+    attention: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"] = "auto"
+    scan_layers: bool = True  # false: a step on a CPU takes a tenth less time, and longer to compile
 
     @property
     def average(self) -> None:

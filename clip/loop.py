@@ -19,6 +19,7 @@ from core.distributed import on_first
 from core.loop import Task
 from core.mesh import local_rows, put_rows
 from core.meter import Meter
+from core.metrics import read_metrics
 from core.state import State, jit_step, make_step, state_shardings
 
 
@@ -29,9 +30,10 @@ def train(experiment: Experiment, *, resume: bool = False, profile: int | None =
         UserError: for anything in the configuration, the data or the run folder that the user can mend.
     """
     setup = set_up(experiment, resume)
+    before = read_metrics(setup.run.metrics)
     done = loop.train(lambda: task_of(setup), setup.run, setup.mesh, experiment.checkpoint, profile)
     if done is not None:
-        on_first(lambda: finish(setup.run, setup.model.count))
+        on_first(lambda: finish(setup.run, setup.model.count, before))
 
 
 def task_of(setup: Setup) -> Task[Batch]:

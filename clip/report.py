@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from rich.console import Console
@@ -20,8 +21,12 @@ _LABELS = {
 }
 
 
-def finish(run: RunFolder, parameters: int) -> dict[str, float | int]:
-    """Write `summary.json` and the plot, and print the last evaluation's figures."""
+def finish(run: RunFolder, parameters: int, before: Sequence[Mapping[str, float | int]]) -> None:
+    """Write `summary.json` and the plot, and print the last evaluation's figures.
+
+    `before` are the metrics that this start found. If it has taken no step since, `summary.json` stays as it
+    is, with what `clip.zeroshot` has put there.
+    """
     metrics = read_metrics(run.metrics)
     last = metrics[-1]
     evaluated = {
@@ -37,7 +42,8 @@ def finish(run: RunFolder, parameters: int) -> dict[str, float | int]:
         "parameters": parameters,
         "rewinds": len(read_rewinds(run.rewinds)),
     }
-    run.write_summary(summary)
+    if metrics != before or not run.read_summary():
+        run.write_summary(summary)
     plot_loss(metrics, run.plots / "loss.png", "images", "loss (nats a pair)")
     console = Console(highlight=False)
     table = Table(title="held-out images and captions", title_justify="left")
@@ -51,4 +57,3 @@ def finish(run: RunFolder, parameters: int) -> dict[str, float | int]:
     command = f"python -m clip.zeroshot --run {run.path}"
     console.print(f"{command}   measures what it makes of images", soft_wrap=True)
     console.print(f"loss: {run.plots / 'loss.png'}   figures: {run.summary}", soft_wrap=True)
-    return summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -13,15 +13,19 @@ from clip.config import Experiment
 from clip.data.captions import count_cut
 from clip.data.corpus import Splits, open_splits
 from clip.data.tokenizer import CaptionTokenizer, caption_tokenizer
+from clip.model.config import CLIPConfig
 from clip.model.model import blueprint, check_mesh
 from core.config import to_yaml
 from core.distributed import first_before_others, on_first
 from core.errors import UserError
+from core.kinds import DUAL_ENCODER
 from core.mesh import check_divides, make_mesh
 from core.module import Blueprint
 from core.optim import Optimizer, make_optimizer
 from core.run import RunFolder
 from core.start import initial_run
+from llm.model.attention import Backend, choose_backend
+from llm.model.config import BlockShape
 from llm.model.transformer import Compute
 from llm.tokenizer import Tokenizer
 
@@ -58,21 +62,56 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     check_mesh(experiment.model, mesh)
     rows = experiment.data.batch_size // options.accumulation
     check_divides(mesh, {"data.batch_size / train.accumulation": ("act_batch", rows)})
-    compute = Compute(options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    backend = choose_attention(options.attention, jax.default_backend(), experiment.model, options.dtype)
+    compute = Compute(options.dtype, backend, options.remat, options.scan_layers)
     model = blueprint(experiment.model, compute)
     optimizer = make_optimizer(experiment.optimizer, options.steps, model.decay, model.axes)
     device = jax.devices()[0]
     _log.info(
-        "%.1fM parameters on %d x %s; %s products",
-        model.count / 1e6, jax.device_count(), device.device_kind, options.dtype,
+        "%.1fM parameters on %d x %s; %s products, %s attention",
+        model.count / 1e6, jax.device_count(), device.device_kind, options.dtype, backend,
     )  # fmt: skip
     run = RunFolder(experiment.run.folder)
     source = None
     if experiment.init.source is not None and not run.has_checkpoint:  # else it needs the other no more
-        source = initial_run(experiment.init.source)
+        source = initial_run(experiment.init.source, DUAL_ENCODER)
     on_first(lambda: _create(run, experiment, resume))
     splits, tokenizer = first_before_others(lambda: _prepare(experiment, run, source))
     return Setup(experiment, run, mesh, model, optimizer, splits, tokenizer)
+
+
+def choose_attention(
+    asked: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"],
+    platform: str,
+    config: CLIPConfig,
+    dtype: str,
+) -> Backend:
+    """The attention backend of both towers: the one asked for; by `auto` cuDNN's where both can have it, else
+    the reference, since an image or a caption is a block or two, of which `blockwise` saves nothing.
+
+    Args:
+        asked: `train.attention`.
+        platform: as `jax.default_backend()` names it.
+        dtype: of the products.
+
+    Raises:
+        UserError: if a tower can't have the backend asked for, with the reason and one that it can have.
+    """
+    rows: tuple[tuple[str, BlockShape, int], ...] = (
+        ("image", config.image, config.image.num_positions),
+        ("text", config.text, config.text.length),
+    )
+    best = set()
+    for name, tower, length in rows:
+        try:
+            best.add(
+                choose_backend(asked, platform, tower, dtype=dtype, length=length, isolated=False, context=1)
+            )
+        except UserError as error:
+            raise UserError(f"model.{name}, with heads of {tower.head_dim} dimensions: {error}") from None
+    if asked != "auto":
+        return asked
+    return "cudnn" if best == {"cudnn"} else "reference"
 
 
 def _create(run: RunFolder, experiment: Experiment, resume: bool) -> None:

@@ -16,6 +16,7 @@ from clip.config import Experiment
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
+from core.kinds import DUAL_ENCODER
 from core.run import RunFolder, plain
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> None:
         description=__doc__.splitlines()[0],
         epilog="Without --images: the run's own held-out split. Writes cases.png (hits and misses), "
         "similarity.png, towers.png (both towers in the plane) and, of classes, confusion.png, confusion.csv "
-        "and classes.csv.",
+        "and classes.csv. Without --templates and --out the figures go into the run's summary.json too, "
+        "those of --images with the folder's own name: of two of one name the later ones stay there.",
     )
     parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     if args.names and not args.images:
         raise UserError("--names gives names to the folders of --images: name these too")
     templates = [template for given in args.templates for template in _templates(given)]
-    run = RunFolder.open(args.run)
+    run = RunFolder.open(args.run, DUAL_ENCODER)
     experiment = load(Experiment, run.config)
     split = _split(args, experiment, run, templates)
     data = Path(args.images).resolve().name if args.images else None
@@ -60,10 +62,12 @@ def main(argv: list[str]) -> None:
     devices.prepare()
     params, measured = measure(experiment, run, split)
     figures = _figures(measured, split, data)
-    from clip.eval.report import merge_summary
-
-    merge_summary(run, figures)
     files = _write(out, experiment, split, measured, params)
+    if not templates and not args.out:  # the run's own figures; anything else is somebody's trial
+        from clip.eval.report import merge_summary
+
+        merge_summary(run, figures)
+        files.append(run.summary)
     if args.json:
         plainly = {name: plain(value) for name, value in figures.items()}
         print(json.dumps({**plainly, "files": [str(file) for file in files]}))

@@ -26,6 +26,7 @@ import yaml
 from core.config import from_yaml
 from core.errors import UserError
 from core.files import write_atomically
+from core.kinds import Kind, require_kind
 
 # Sections and keys: what a resumed run may do otherwise than before: where it lies, the machine, and what
 # it keeps and shows. Nothing that decides which numbers are computed: not even `train.steps`, since
@@ -134,8 +135,13 @@ class RunFolder:
         return has_metrics or self.rewinds.exists() or self.has_checkpoint
 
     @classmethod
-    def open(cls, folder: Path) -> RunFolder:
-        """The run in `folder`, to read from. Raises `UserError` where there is none, naming those nearby."""
+    def open(cls, folder: Path, kind: Kind | None = None) -> RunFolder:
+        """The run in `folder`, to read from.
+
+        Raises:
+            UserError: where there is none, naming those nearby; if it is of another `kind` than the one
+                asked for, naming what reads it.
+        """
         run = cls(folder)
         if not run.config.is_file():
             runs = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
@@ -146,7 +152,17 @@ class RunFolder:
                 else f"runs there: {', '.join(runs) or 'none'}"
             )
             raise UserError(f"{folder} holds no run (no config.yaml); {hint}")
+        if kind is not None:
+            require_kind(folder, run.config, kind)
         return run
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `write_summary` wrote; nothing of a run that hasn't finished, or of a damaged file."""
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_summary(self, figures: Mapping[str, Any]) -> None:
         """Write `summary.json` in one step: name to number or text, null for what isn't finite."""

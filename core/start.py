@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from core.checkpoint import Checkpointer, newest_params
 from core.errors import UserError
+from core.kinds import Kind, require_kind
 from core.mesh import shardings
 from core.module import Blueprint, Params
 from core.optim import Optimizer
@@ -50,15 +51,20 @@ def state_at(
     return state_from(*trained, others())
 
 
-def initial_run(source: str) -> RunFolder:
-    """The run that `init.from` names. Raises `UserError` where there is none."""
+def initial_run(source: str, kind: Kind) -> RunFolder:
+    """The run that `init.from` names. Raises `UserError` where there is none, or one of another kind."""
     try:
-        return RunFolder.open(Path(source))
+        run = RunFolder.open(Path(source))
     except UserError as error:
         raise UserError(
             f"init.from: {error}; train that run first with its own config, start where it lies, or name its "
             "folder with --set init.from=..."
         ) from None
+    try:
+        require_kind(run.path, run.config, kind)
+    except UserError as error:
+        raise UserError(f"init.from: {error}") from None
+    return run
 
 
 def load_params(

@@ -95,6 +95,7 @@ def experiment(config: CLIPConfig, out: Path) -> Experiment:
             "train": {
                 "steps": 1000,
                 "remat": "dots",
+                "scan_layers": False,
                 "loss": "sigmoid" if config.logit_bias else "softmax",
             },
             "optimizer": {"learning_rate": 1e-5, "warmup_steps": 50, "beta2": 0.98, "epsilon": 1e-6},

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from clip.config import Experiment as DualExperiment
 from clip.model.config import CLIPConfig
 from core.config import load
 from core.errors import UserError
 from core.files import write_atomically
+from core.kinds import DUAL_ENCODER, LANGUAGE_MODEL, kind_of, require_kind
 from core.log import in_bytes, progress
 from core.run import RunFolder
 from export import dual
@@ -64,7 +64,7 @@ def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: i
     _require_shapes(run, saved, shapes)
     wanted, kind = tensors(family.table, shapes), DTYPES[NAMES[dtype]]
     with new_folder(out) as folder:
-        card = model_card(out, family, experiment, saved.step, read_summary(run), dtype)
+        card = model_card(out, family, experiment, saved.step, run.read_summary(), dtype)
         write_atomically(folder / "README.md", card)
         files(folder)
         sizes = {tensor.name: tensor.shape for tensor in wanted}
@@ -74,16 +74,13 @@ def export_run(run: RunFolder, out: Path, dtype: str = "float32", shard_bytes: i
 
 
 def read_experiment(run: RunFolder) -> Experiment | DualExperiment:
-    """The run's configuration, a dual encoder's where its model has an image tower.
+    """The run's configuration, a language model's or a dual encoder's.
 
     Raises:
-        UserError: as `core.config.load` does.
+        UserError: for a run of another kind, and as `core.config.load` does.
     """
-    try:
-        model = yaml.safe_load(run.config.read_text(encoding="utf-8"))["model"]
-        is_dual = "image" in model
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        is_dual = False  # and what is wrong will be told of
+    require_kind(run.path, run.config, LANGUAGE_MODEL, DUAL_ENCODER)
+    is_dual = kind_of(run.config) == DUAL_ENCODER
     return load(DualExperiment, run.config) if is_dual else load(Experiment, run.config)
 
 
@@ -107,15 +104,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Shape]:
         for key, value in tree.items()
         for path, shape in flatten(value, f"{prefix}{key}.").items()
     }
-
-
-def read_summary(run: RunFolder) -> dict[str, Any]:
-    """The run's figures; none where it hasn't finished."""
-    try:
-        found = json.loads(run.summary.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _require_shapes(run: RunFolder, saved: SavedParams, shapes: dict[str, Shape]) -> None:

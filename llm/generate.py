@@ -18,6 +18,7 @@ from typing import Any
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
+from core.kinds import LANGUAGE_MODEL
 from core.run import RunFolder
 from llm.chat import end_of_turn_ids
 from llm.config import Experiment
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     args.prompts = [decode_utf8(os.fsencode(prompt), "--prompt") for prompt in args.prompts]
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: choose one from 0 to {2**32 - 1}")
-    run = RunFolder.open(args.run)
+    run = RunFolder.open(args.run, LANGUAGE_MODEL)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
     stop = end_of_turn_ids(tokenizer) + [token_id(tokenizer, token) for token in args.stop]

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from core.config import to_yaml
 from core.distributed import first_before_others, on_first
 from core.errors import UserError
+from core.kinds import LANGUAGE_MODEL
 from core.mesh import check_divides, make_mesh
 from core.module import Blueprint
 from core.optim import Optimizer, make_optimizer
@@ -47,7 +48,8 @@ def set_up(experiment: Experiment, resume: bool) -> Setup:
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     if experiment.init.source is not None and not RunFolder(experiment.run.folder).has_checkpoint:
-        initial_run(experiment.init.source)  # before a folder of this run's stands where it is missing
+        # Before a folder of this run's stands where it is missing.
+        initial_run(experiment.init.source, LANGUAGE_MODEL)
     model, optimizer = _model(experiment, mesh)
     run = RunFolder(experiment.run.folder)
     on_first(lambda: _create(run, experiment, resume))

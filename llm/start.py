@@ -11,6 +11,7 @@ from core import start
 from core.checkpoint import Checkpointer
 from core.config import load, to_dict
 from core.errors import UserError
+from core.kinds import LANGUAGE_MODEL
 from core.module import Blueprint, Params
 from core.start import Trained, initial_run, load_params
 from core.state import State
@@ -30,7 +31,7 @@ def state_at(setup: Setup, checkpointer: Checkpointer, step: int) -> State:
 
 
 def _others(source: str, config: ModelConfig, model: Blueprint, mesh: Mesh) -> Params:
-    run = initial_run(source)
+    run = initial_run(source, LANGUAGE_MODEL)
     theirs = load(Experiment, run.config).model
     return load_params(run, blueprint(theirs), to_dict(theirs), model, to_dict(config), mesh)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from core.checkpoint import newest_params
 from core.config import load
 from core.errors import UserError
+from core.kinds import AGENT
 from core.run import RunFolder
 from rl import ddpg, dqn, ppo, q_learning
 from rl.algorithm import Algorithm, State
@@ -73,7 +74,7 @@ def load_trained(folder: Path) -> Trained:
     Raises:
         UserError: where there is no run or no checkpoint, or it doesn't fit.
     """
-    run = RunFolder.open(folder)
+    run = RunFolder.open(folder, AGENT)
     experiment = load(Experiment, run.config)
     env, algorithm = build(experiment)
     shapes = jax.eval_shape(lambda: init(algorithm, seeds(experiment)))

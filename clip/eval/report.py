@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ def figures_of(result: Classification, name: str = "zero_shot") -> dict[str, flo
 
 def merge_summary(run: RunFolder, figures: Mapping[str, Any]) -> None:
     """Put figures into `summary.json` beside those there, in place of older ones of the same name."""
-    there = json.loads(run.summary.read_text()) if run.summary.exists() else {}
-    run.write_summary({**there, **figures})
+    run.write_summary({**run.read_summary(), **figures})
 
 
 def classification_table(results: Mapping[str, Classification]) -> Table:

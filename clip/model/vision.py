@@ -102,6 +102,7 @@ class AttentionPool(nnx.Module):
         q = jnp.broadcast_to(self.query(probe[None, None]), (x.shape[0], 1, *self.query.kernel.shape[1:]))
         k, v = self.key(x), self.value(x)
         q, k, v = (shard(part, "act_batch", "act_seq", "act_heads", "act_head_dim") for part in (q, k, v))
+        # One query of all keys, which only the reference takes.
         y = self.out(attention(q, k, v, None, Mask(causal=False)))
         return (y + self.mlp(self.norm(y)))[:, 0]
 

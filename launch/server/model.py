@@ -7,6 +7,7 @@ from pathlib import Path
 
 from core.config import load
 from core.errors import UserError
+from core.kinds import LANGUAGE_MODEL
 from core.module import Params
 from core.run import RunFolder
 from llm.config import Experiment
@@ -34,7 +35,7 @@ class Served:
         from core.checkpoint import newest_params
         from llm.model.transformer import blueprint
 
-        run = RunFolder.open(folder)
+        run = RunFolder.open(folder, LANGUAGE_MODEL)
         experiment = load(Experiment, run.config)
         tokenizer = Tokenizer.load(run.tokenizer)
         params = newest_params(run, blueprint(experiment.model).shapes)

@@ -25,6 +25,7 @@ from rich.table import Table
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
+from core.kinds import LANGUAGE_MODEL
 from core.options import InitConfig, TokenizerConfig
 from core.plots import plot_by_position
 from core.run import RunFolder
@@ -121,7 +122,7 @@ def _subjects(runs: list[tuple[Path, list[str]]]) -> list[Subject]:
     in_all = set.intersection(*(set(overrides) for _, overrides in runs))
     subjects = []
     for folder, overrides in runs:
-        run, own = RunFolder.open(folder), [each for each in overrides if each not in in_all]
+        run, own = RunFolder.open(folder, LANGUAGE_MODEL), [each for each in overrides if each not in in_all]
         label = folder.resolve().name + (f" ({', '.join(own)})" if own else "")
         subjects.append(Subject(label, run, load(Experiment, run.config, overrides)))
     return subjects

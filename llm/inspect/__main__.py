@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from core import devices, log
 from core.config import load
 from core.errors import UserError, run_command
+from core.kinds import LANGUAGE_MODEL
 from core.run import RunFolder
 from llm.config import Experiment
 from llm.generate import encode_prompt
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     if not args.prompt:
         raise UserError("--prompt is empty: give the text to read")
     prompt = decode_utf8(os.fsencode(args.prompt), "--prompt")
-    run = RunFolder.open(args.run)
+    run = RunFolder.open(args.run, LANGUAGE_MODEL)
     experiment = load(Experiment, run.config)
     tokenizer = Tokenizer.load(run.tokenizer)
     ids = encode_prompt(tokenizer, prompt)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from core.errors import UserError
 from llm.model.blockwise import blockwise_attention
-from llm.model.config import ModelConfig
+from llm.model.config import BlockShape
 from llm.model.fused import cudnn_attention, pallas_attention
 from llm.model.layers import contract
 from llm.model.masks import CAUSAL, Mask
@@ -38,7 +38,7 @@ FASTEST_FIRST: tuple[Backend, ...] = ("ring", "cudnn", "pallas", "blockwise", "r
 def choose_backend(
     asked: Literal["auto", "reference", "blockwise", "pallas", "cudnn", "ring"],
     platform: str,
-    config: ModelConfig,
+    config: BlockShape,
     *,
     dtype: str,
     length: int,
@@ -74,7 +74,7 @@ def choose_backend(
 def refusal(
     backend: Backend,
     platform: str,
-    config: ModelConfig,
+    config: BlockShape,
     dtype: str,
     length: int,
     isolated: bool,
@@ -86,6 +86,7 @@ def refusal(
     if backend == "ring":
         checks = [
             (context == 1, "is for sequences divided over devices (mesh.context)"),
+            (not config.causal, "is causal only"),
             (config.sparsity is not None, "has no block sparsity (model.sparsity)"),
             (length % (2 * context) != 0, f"takes a multiple of {2 * context} as data.sequence_length"),
         ]
@@ -104,6 +105,7 @@ def refusal(
         ]
     else:
         checks += [
+            (not config.causal, "is causal only"),
             (config.window is not None, "has no window (model.window)"),
             (length % 128 != 0, f"takes a multiple of 128 as data.sequence_length, not {length}"),
             (not 16 <= size <= 128, f"takes a model.head_dim of 16 to 128, not {size}"),

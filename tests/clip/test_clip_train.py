@@ -24,8 +24,9 @@ from clip import zeroshot
 from clip.config import Experiment
 from clip.loop import train
 from clip.model.model import blueprint
+from clip.setup import choose_attention, set_up
 from core.checkpoint import Checkpointer
-from core.config import load, parse, to_dict, to_yaml
+from core.config import load, parse
 from core.errors import UserError
 from core.mesh import make_mesh
 from core.metrics import read_metrics
@@ -144,6 +145,19 @@ def test_a_signal_saves_and_resume_goes_on_bitwise(undisturbed, cache, tmp_path,
     assert_same_bits(saved(run), saved(undisturbed))
 
 
+def test_resume_of_a_finished_run_leaves_its_figures(undisturbed, cache, tmp_path):
+    """With those that `clip.zeroshot` has put there; a damaged file is made anew."""
+    run = RunFolder(shutil.copytree(undisturbed, tmp_path / "run"))
+    own = run.read_summary()
+    run.write_summary(own | {"zero_shot_accuracy": 0.625, "zero_shot_among_heldout_accuracy": 0.75})
+    before = run.summary.read_bytes()
+    train(experiment(cache, tmp_path), resume=True)
+    assert run.summary.read_bytes() == before
+    run.summary.write_bytes(before[:40])
+    train(experiment(cache, tmp_path), resume=True)
+    assert run.read_summary() == own
+
+
 def test_without_resume_a_run_is_not_touched(undisturbed, cache):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
@@ -229,30 +243,32 @@ def test_init_from_what_cannot_be_is_refused(undisturbed, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_imported_run_trains(undisturbed, cache, tmp_path, caplog):
+def test_an_imported_run_trains(undisturbed, tmp_path, monkeypatch, caplog):
     export_run(RunFolder.open(undisturbed), tmp_path / "hf", "float32")
     import_run(tmp_path / "hf", tmp_path / "imported")
     assert_same_bits(
         saved_at_0(tmp_path / "imported"),
         {name: value for name, value in saved(undisturbed).items() if name.startswith("params")},
     )
-    config = to_dict(load(Experiment, tmp_path / "imported/config.yaml"))
-    for section, values in {
-        "data": {"batch_size": 16, "cache": str(cache)},
-        "train": {"steps": 3},
-        "eval": {"images": 64},
-    }.items():
-        config[section] |= values
-    imported = parse(Experiment, config)
-    (tmp_path / "imported/config.yaml").write_text(to_yaml(imported))
+    path, begin = tmp_path / "imported/config.yaml", f"init.from={tmp_path}/imported"
+    imported = load(Experiment, path)
     with pytest.raises(UserError, match="--resume"):
         train(imported)
     caplog.set_level("INFO")
-    train(imported, resume=True)
+    with monkeypatch.context() as patch:  # another run that begins from it
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM), clip.loop, "put_rows")
+        train(load(Experiment, path, ["run.name=begun", begin]))
+    assert "starting from the imported weights" not in caplog.text
+    photos = write_pairs(tmp_path / "photos", [f"a noise that is called number {i}" for i in range(40)])
+    own = [f"data.sources=[{{csv: {photos}/pairs.csv, images: {photos}}}]", "data.batch_size=16"]
+    still = ["train.steps=1", *(f"optimizer.{key}={value}" for key, value in FROZEN.items())]
+    train(load(Experiment, path, ["run.name=own", begin, *own, *still]))
+    assert_same_parameters(tmp_path / "own", undisturbed)
+    with monkeypatch.context() as patch:  # and itself
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM), clip.loop, "put_rows")
+        train(imported, resume=True)
     assert f"starting from the imported weights in {tmp_path}/imported/checkpoints/0" in caplog.text
-    begun = {"run": config["run"] | {"name": "begun"}, "init": {"from": str(tmp_path / "imported")}}
-    shutil.rmtree(tmp_path / "imported/checkpoints/3")
-    train(parse(Experiment, config | begun))
+    assert len(numbers(tmp_path / "begun")) == 2
     assert numbers(tmp_path / "begun") == numbers(tmp_path / "imported")
 
 
@@ -267,6 +283,48 @@ def saved_at_0(run: Path) -> dict[str, np.ndarray]:
 
 def one_device(_) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+GPU = ("gpu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("where", "image", "expected"),
+    [
+        (("cpu", "float32"), {}, "reference"),
+        (("cpu", "bfloat16"), {}, "reference"),
+        (("gpu", "float32"), {}, "reference"),
+        (GPU, {}, "cudnn"),
+        (GPU, {"pool": "attention"}, "cudnn"),
+        (GPU, {"embed_dim": 24}, "reference"),  # cuDNN has no heads of 12
+    ],
+)
+def test_automatic_choice_of_both_towers_attention(where, image, expected, tmp_path):
+    config = experiment(tmp_path, tmp_path, image=image, model={"embed_dim": 16}).model
+    platform, dtype = where
+    assert choose_attention("auto", platform, config, dtype) == expected
+    assert choose_attention("blockwise", platform, config, dtype) == "blockwise"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("pallas", r"^model\.image, .*: train\.attention is pallas, which is causal only: set it to cudnn"),
+        ("ring", "is for sequences divided over devices"),
+    ],
+)
+def test_attention_that_a_tower_cannot_have_is_refused(asked, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        choose_attention(asked, "gpu", experiment(tmp_path, tmp_path).model, "bfloat16")
+
+
+def test_both_towers_have_the_attention_chosen(cache, tmp_path, caplog):
+    caplog.set_level("INFO", "clip.setup")
+    for asked, chosen in (("auto", "reference"), ("blockwise", "blockwise")):
+        model = set_up(experiment(cache, tmp_path, asked, train={"attention": asked}), resume=False).model
+        bound = model.bind(model.shapes)
+        assert [tower.blocks.attention.backend for tower in (bound.image, bound.text)] == [chosen] * 2
+        assert f"{chosen} attention" in caplog.text
 
 
 @pytest.mark.slow
@@ -330,6 +388,7 @@ def test_it_goes_back_and_skips_a_batch_that_diverges(cache, tmp_path, monkeypat
         ({"mesh": {"data": 3}}, r"mesh\.data=3 does not match the 8 cpu device"),
         ({"mesh": {"data": 2, "tensor": 4}}, r"model\.image\.num_heads \(2\) .* mesh\.tensor=4"),
         ({"mesh": {"data": 4, "context": 2}}, r"mesh\.context is 2"),
+        ({"train": {"attention": "cudnn"}}, r"model\.image.*cudnn, which runs on NVIDIA GPUs, not on cpu"),
         ({"train": {"accumulation": 4}}, r"data\.batch_size / train\.accumulation \(4\) does not divide"),
         ({"text": {"vocab_size": 200_000}}, r"model\.text\.vocab_size \(200000\) is larger"),
     ],

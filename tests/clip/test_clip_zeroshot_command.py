@@ -20,6 +20,7 @@ from clip.data.captions import encode_captions
 from clip.data.images import center_crop
 from clip.data.scenes import Scenes
 from clip.data.tokenizer import CaptionTokenizer
+from clip.eval.report import merge_summary
 from clip.model.model import blueprint, pixels
 from core.checkpoint import Checkpointer
 from core.config import load, parse, to_yaml
@@ -87,6 +88,7 @@ def test_held_out_pairs(run, capsys):
     assert summary["zero_shot_chance"] == pytest.approx(1 / 80)
     assert summary["zero_shot_accuracy"] <= summary["zero_shot_among_heldout_accuracy"]
     assert all(Path(file).stat().st_size > 0 for file in figures["files"])
+    assert str(run / "summary.json") in figures["files"]
     with open(run / "plots" / "confusion.csv", newline="") as file:
         header, *rows = csv.reader(file)
     matrix = np.array([row[1:] for row in rows], int)
@@ -127,10 +129,29 @@ def test_folders_of_classes(run, folders, tmp_path, capsys):
     assert "62.5%" in printed  # the most frequent
     table = list(csv.reader((tmp_path / "out/confusion.csv").open()))
     assert table == [["class", "hound", "cat"], *([str(x) for x in row] for row in by_hand(run, folders))]
+    assert (tmp_path / "out" / "confusion.png").exists()
+    assert "zero_shot_images_on_pets" not in (run / "summary.json").read_text()
+    zeroshot.main(["--run", str(run), "--images", str(folders)])
     summary = json.loads((run / "summary.json").read_text())
     assert summary["zero_shot_images_on_pets"] == 8
     assert "heldout_loss_on_pets" not in summary
-    assert (tmp_path / "out" / "confusion.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--templates", "{}"], ["--out", "OUT"]])
+def test_trials_leave_the_runs_figures_alone(arguments, run, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zeroshot, "_write", lambda *_: [])  # pictures, which take most of the time
+    before = (run / "summary.json").read_bytes()
+    given = [str(tmp_path) if a == "OUT" else a for a in arguments]
+    zeroshot.main(["--run", str(run), "--images", str(folders), "--json", *given])
+    assert json.loads(capsys.readouterr().out)["zero_shot_images_on_pets"] == 8
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_a_summary_cut_off_is_begun_anew(tmp_path):
+    cut = RunFolder(tmp_path)
+    cut.summary.write_text('{"train_seconds": 1.5, "zero_sh')
+    merge_summary(cut, {"zero_shot_accuracy": 0.5})
+    assert cut.read_summary() == {"zero_shot_accuracy": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,14 @@ def test_the_summary_is_flat_json(tmp_path):
     assert json.loads(run.summary.read_text()) == {"loss": 0.5, "corpus": "ab12", "steps": 3, "bad": None}
 
 
+@pytest.mark.parametrize("content", [None, "", '{"heldout_loss": 1.', "[1, 2]", b"\xff"])
+def test_a_summary_that_is_none_tells_nothing(content, tmp_path):
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "summary.json").write_bytes(data)
+    assert RunFolder(tmp_path).read_summary() == {}
+
+
 def test_nothing_here_imports_jax():
     modules = ["config", "errors", "files", "log", "metrics", "options", "plots", "run", "signals"]
     script = (
