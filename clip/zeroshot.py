@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.names and not args.images:
         raise UserError("--names gives names to the folders of --images: name these too")
+    log.setup("core", "llm", "clip")
     templates = [template for given in args.templates for template in _templates(given)]
     run = RunFolder.open(args.run, DUAL_ENCODER)
     experiment = load(Experiment, run.config)
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> None:
     data = Path(args.images).resolve().name if args.images else None
     out = args.out or (run.plots / data if data else run.plots)
     _make(out)
-    log.setup("core", "llm", "clip")
     devices.prepare()
     params, measured = measure(experiment, run, split)
     figures = _figures(measured, split, data)
