@@ -7,8 +7,8 @@ Ours trains as the shipped configuration says, stable-baselines3 as the zoo says
 networks of its own: [256, 256] for DQN and [400, 300] for DDPG, where ours are [128, 128]), each at most as
 long as its own settings train. After the same number of environment steps on both sides, a twentieth of the
 shorter run, 20 greedy episodes are played in fresh environments; the first mean at the threshold counts. The
-time of playing isn't counted. Our compilation, without a cache, is told beside. Five seeds take ours hardly
-longer than one: docs/rl.md has that. Breakout is missing, which the zoo doesn't train.
+time of playing isn't counted. Our compilation, without a cache, is told beside; five seeds at once, as the
+configurations have them, compile once. Breakout is missing, which the zoo doesn't train.
 """
 
 from __future__ import annotations
@@ -41,12 +41,17 @@ class Zoo(NamedTuple):
     noise: tuple[str, float] | None = None  # of DDPG's actions, and its deviation
 
 
+def _falling(first: float) -> Callable[[float], float]:
+    """Linearly to 0: stable-baselines3 gives the share of the run that is left."""
+    return lambda left: left * first
+
+
 WIDE, PAIR = {"net_arch": [256, 256]}, {"net_arch": [400, 300]}
 ZOO = {
     "ppo-cartpole": Zoo(
         "PPO", 100_000,
         {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "ent_coef": 0.0,
-         "learning_rate": ("linear", 0.001), "clip_range": ("linear", 0.2)},
+         "learning_rate": _falling(0.001), "clip_range": _falling(0.2)},
         environments=8,
     ),
     "ppo-acrobot": Zoo(
@@ -215,7 +220,7 @@ def _train_peer(zoo: Zoo, environment: str, threshold: float, every: int, seed: 
         def _on_step(self) -> bool:
             return not self.reached
 
-    settings = {key: _schedule(value) for key, value in zoo.settings.items()}
+    settings = dict(zoo.settings)
     if zoo.noise:
         settings["action_noise"] = _noise(*zoo.noise, train.action_space.shape)
     learner = getattr(stable_baselines3, zoo.algorithm)(
@@ -227,14 +232,6 @@ def _train_peer(zoo: Zoo, environment: str, threshold: float, every: int, seed: 
     if not watch.reached:
         watch.play()
     return time.perf_counter() - began - watch.playing if watch.reached else None
-
-
-def _schedule(value: Any) -> Any:
-    """A value as stable-baselines3 takes it: what falls linearly to 0 is a function of what is left."""
-    if isinstance(value, tuple):
-        _, first = value
-        return lambda left: left * first
-    return value
 
 
 def _noise(kind: str, deviation: float, shape: tuple[int, ...]):
